@@ -1,0 +1,58 @@
+"""At equal training tokens, is a small model best trained from scratch, distilled from a larger one, or cut out of it?
+
+A teacher is trained first. Then four students of one shape, half as deep and with half as wide a feed-forward block,
+each see the same tokens in the same order:
+
+    scratch            random initial parameters, next-token loss
+    distilled          random initial parameters, next-token loss and the teacher's distribution
+    pruned             cut out of the teacher (every other layer, the strongest feed-forward channels), next-token loss
+    pruned+distilled   both
+
+Expected, written before the run: pruned+distilled <= pruned < distilled < scratch in held-out loss, since a cut model
+starts from what the teacher knows (Minitron, arXiv 2407.14679, reports pruning plus distillation ahead of training from
+scratch at a fraction of the tokens; Hinton et al., arXiv 1503.02531, distillation ahead of plain training). The teacher's
+own training is not in the students' tokens or FLOPs; the report has it as a column.
+
+    make quickstart                                                  # the embedded stories: minutes on two cores
+    python -m experiments.shrink --config.data.sources=FILE_OR_FOLDER --workdir=runs/shrink_text
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import launch
+from slm_jax.ablate.sweep import seeds
+from slm_jax.data.config import DataConfig
+from slm_jax.distill.online import Distill
+from slm_jax.experiment import Config, EvalConfig, InitConfig, TrainConfig
+from slm_jax.model.config import ModelConfig
+from slm_jax.optim import OptimConfig
+
+BASELINE = 'scratch'
+SEEDS = 3
+
+
+def config() -> Config:
+  """The student; the teacher is twice as deep and wide in its feed-forward blocks, and trained for longer."""
+  return Config(
+    model=ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, max_len=256),
+    data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=128, packing='whole', batch_size=32),
+    optim=OptimConfig(learning_rate=4e-3, warmup=30),
+    train=TrainConfig(steps=300),
+    eval=EvalConfig(every=50, sequences=256),
+    transforms=(Distill('teacher', weight=0.5, temperature=1.0),),
+  )
+
+
+def sweep(base: Config) -> Iterator[dict[str, Any]]:
+  teacher = {'model.n_layers': 2 * base.model.n_layers, 'model.d_ff': 2 * base.model.d_ff}
+  yield {'name': 'teacher', 'transforms': (), 'train.steps': 3 * base.train.steps, **teacher}
+  for seed in seeds(SEEDS):
+    yield {'name': 'scratch', 'transforms': (), **seed}
+    yield {'name': 'distilled', **seed}
+    yield {'name': 'pruned', 'transforms': (), 'init': InitConfig('teacher'), **seed}
+    yield {'name': 'pruned+distilled', 'init': InitConfig('teacher'), **seed}
+
+
+if __name__ == '__main__':
+  launch.main()

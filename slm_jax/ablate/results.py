@@ -1,0 +1,155 @@
+"""A workdir as one table: a row an arm, read from the files that the runs left; and the curves behind it."""
+
+import csv
+import io
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slm_jax import metrics
+from slm_jax.ablate import workdir as workdirs
+from slm_jax.config import flatten
+from slm_jax.files import write_text
+
+METRICS = (
+  *('loss', 'gap', 'floor', 'bits_per_byte', 'perplexity', 'accuracy', 'ece'),
+  *('tokens', 'flops', 'parent_flops', 'parameters', 'seconds'),
+)
+NO_COLUMN = ('name', 'seed', 'data.content')  # columns of their own, or derived from others
+
+
+class Row(NamedTuple):
+  """What is known of one arm."""
+
+  arm_id: str
+  name: str
+  group: str  # shared by the repetitions over seeds, see `arms.Arm`
+  status: str  # done, failed, nan, preempted, running; missing: never started; blocked: a parent is not done
+  config: Mapping[str, Any]  # flat
+  summary: Mapping[str, Any]  # final metrics; empty unless done
+  run: Mapping[str, Any]  # run.json: versions, hardware, times, error
+  parents: tuple[str, ...] = ()  # arm ids
+  diff: Mapping[str, Sequence[Any]] = {}  # against the base: {dotted key: (there, here)}
+  command: str = ''
+
+  @property
+  def seeds(self) -> Hashable:
+    """What must be equal for two rows to be a pair."""
+    return self.config.get('seed'), self.config.get('data.seed')
+
+
+class Point(NamedTuple):
+  """One evaluation on the way."""
+
+  step: int
+  tokens: float
+  flops: float | None
+  loss: float
+
+
+def read(workdir: Path) -> list[Row]:
+  """Every arm of the workdir, in the order of their first launch."""
+  experiment = workdirs.read_experiment(workdir)
+  entries = dict(experiment.arms) if experiment else {}
+  for path in sorted((workdir / 'arms').glob('*/config.json')):
+    entries.setdefault(path.parent.name, {})
+  rows = [_row(workdir, arm_id, entry) for arm_id, entry in entries.items()]
+  done = {row.arm_id for row in rows if row.status == 'done'}
+  return [
+    row._replace(status='blocked') if row.status == 'missing' and not done.issuperset(row.parents) else row
+    for row in rows
+  ]
+
+
+def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
+  folder = workdirs.folder(workdir, arm_id)
+  config, run = flatten(_json(folder / 'config.json')), _json(folder / 'run.json')
+  done = (folder / 'DONE').exists()
+  return Row(
+    arm_id=arm_id,
+    name=entry.get('name') or config.get('name') or arm_id,
+    group=entry.get('group', arm_id),
+    status='done' if done else run.get('status', 'missing'),
+    config=config,
+    summary=run.get('summary', {}) if done else {},
+    run=run,
+    parents=tuple(entry.get('parents', ())),
+    diff=entry.get('diff', {}),
+    command=entry.get('command', ''),
+  )
+
+
+def _json(path: Path) -> dict[str, Any]:
+  """The object in a file; empty if there is none or it is damaged: one bad file must not hide the other arms."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  """Rows by arm, repetitions over seeds together. Two different arms of one name (from two launches) stay apart."""
+  by_group: dict[str, list[Row]] = {}
+  for row in rows:
+    by_group.setdefault(row.group, []).append(row)
+  names = [members[0].name for members in by_group.values()]
+  return {
+    name if names.count(name) == 1 else f'{name} ({group[:6]})': members
+    for name, (group, members) in zip(names, by_group.items(), strict=True)
+  }
+
+
+# ------------------------------------------------------------------------------------------------------ results.csv
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+  """The configuration keys in which the rows are not all the same."""
+  keys = dict.fromkeys(key for row in rows for key in row.config if key not in NO_COLUMN)
+  return [key for key in keys if len({json.dumps(row.config.get(key)) for row in rows if row.config}) > 1]
+
+
+def write_csv(workdir: Path, rows: Sequence[Row]) -> Path:
+  """results.csv: identity, what differs, final metrics; replaced as a whole."""
+  keys = differing(rows)
+  more = sorted({key for row in rows for key in row.summary} - set(METRICS))
+  text = io.StringIO()
+  out = csv.writer(text, lineterminator='\n')
+  out.writerow(['arm_id', 'name', 'seed', 'status', *keys, *METRICS, *more, 'error'])
+  for row in rows:
+    settings = [_cell(row.config.get(key)) for key in keys]
+    numbers = [_cell(row.summary.get(key)) for key in (*METRICS, *more)]
+    error = str(row.run.get('error') or '')
+    out.writerow([row.arm_id, row.name, _cell(row.config.get('seed')), row.status, *settings, *numbers, error])
+  path = workdir / 'results.csv'
+  write_text(path, text.getvalue())
+  return path
+
+
+def _cell(value: Any) -> Any:
+  return json.dumps(value) if isinstance(value, (list, dict, bool)) else value
+
+
+# ----------------------------------------------------------------------------------------------- curves and samples
+
+
+def curve(workdir: Path, row: Row) -> list[Point]:
+  """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
+  a_token = row.summary['flops'] / row.summary['tokens'] if row.summary.get('flops') else None
+  lines = metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl')
+  return [
+    Point(line['step'], line['tokens'], a_token and a_token * line['tokens'], line['loss'])
+    for line in lines
+    if line['kind'] == 'eval' and line['loss'] is not None
+  ]
+
+
+def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
+  """`[(prompt, continuation)]` written at the end of the run."""
+  path = workdirs.folder(workdir, row.arm_id) / 'samples.json'
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    return [(str(sample['prompt']), str(sample['text'])) for sample in found]
+  except (OSError, ValueError, TypeError, KeyError):
+    return []

@@ -1,0 +1,106 @@
+"""What stands where in WORKDIR.
+
+experiment.json       which experiment this is, and every arm that was ever launched here: `Experiment`
+arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, samples.json, checkpoints/, model/, DONE
+results.csv  report.html  plots/
+lock                  held by the launch at work here; each arm's folder has one too
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slm_jax.config import ConfigError, require
+from slm_jax.files import write_json
+
+FORMAT = 1
+
+
+class Experiment(NamedTuple):
+  """experiment.json: what the launches of a workdir leave for its reports."""
+
+  name: str
+  question: str = ''  # the docstring of the experiment file
+  baseline: str = ''  # name of the arm that others are compared with
+  answer: str = ''  # what the experiment's own report(rows) said
+  latest: tuple[str, ...] = ()  # arm ids of the latest launch
+  arms: Mapping[str, Mapping[str, Any]] = {}  # {arm id: {name, group, parents, diff, command}}, first launched first
+
+
+def folder(workdir: Path, arm_id: str) -> Path:
+  return workdir / 'arms' / arm_id
+
+
+def is_done(workdir: Path, arm_id: str) -> bool:
+  return (folder(workdir, arm_id) / 'DONE').exists()
+
+
+def read_experiment(workdir: Path) -> Experiment | None:
+  """What experiment.json says; None where there is none. ConfigError if it is no such file."""
+  path = workdir / 'experiment.json'
+  if not path.exists():
+    return None
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+    written = values.pop('format')
+    require(written <= FORMAT, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
+    values['arms'] = {entry.pop('arm_id'): entry for entry in values['arms']}
+    return Experiment(**{**values, 'latest': tuple(values['latest'])})
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
+
+
+def write_experiment(workdir: Path, experiment: Experiment) -> None:
+  values = experiment._asdict()
+  # A list keeps the order of the arms, which a JSON object with sorted keys does not.
+  values['arms'] = [{'arm_id': arm_id, **entry} for arm_id, entry in experiment.arms.items()]
+  write_json(workdir / 'experiment.json', {'format': FORMAT, **values})
+
+
+def check_workdir(workdir: Path, name: str) -> None:
+  """ConfigError if `workdir` cannot be this experiment's."""
+  require(
+    '://' not in str(workdir) and ':/' not in str(workdir), f'--workdir={workdir}: only local folders can be used'
+  )
+  require(workdir.is_dir() or not workdir.exists(), f'--workdir={workdir}: is not a folder')
+  found = read_experiment(workdir)
+  require(
+    found is None or found.name == name,
+    f'--workdir={workdir}: holds the experiment {found and found.name!r}, this is {name!r}; choose another folder',
+  )
+
+
+@contextlib.contextmanager
+def lock(where: Path) -> Iterator[None]:
+  """Holds `where`/lock, or ConfigError that names who does. The kernel drops it when the process ends, however."""
+  with writing(where):
+    where.mkdir(parents=True, exist_ok=True)
+    file = open(where / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115  held until the end of the block
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ConfigError(
+        f'{where}: another launch is at work here ({file.read().strip() or "it just started"})'
+      ) from None
+    file.truncate(0)
+    now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+    file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
+    file.flush()
+    yield
+
+
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+  """Turns the system's refusal to write (disk full, no permission) into one line."""
+  try:
+    yield
+  except OSError as error:
+    raise ConfigError(f'{error.filename or where}: {error.strerror or error}') from error

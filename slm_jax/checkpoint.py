@@ -1,0 +1,150 @@
+"""Checkpoints by orbax: written asynchronously and atomically, verified when read, the last few and the best kept.
+
+A checkpoint is the whole `TrainState` (its step is the position in the data) and a JSON record with a checksum of every
+bit. A checkpoint that cannot be read, or whose checksum is wrong, is set aside with a message and the one before it is
+used. Nothing is pickled.
+"""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from slm_jax.config import ConfigError, from_dict, to_dict
+from slm_jax.files import write_json
+from slm_jax.model.api import Params
+from slm_jax.model.config import ModelConfig
+
+FORMAT = 1
+
+
+class Checkpoints:
+  """The checkpoints of one arm. A context manager: leaving it waits for the last write."""
+
+  def __init__(self, folder: Path, keep: int, log: Callable[[str], None]):
+    policies = ocp.checkpoint_managers
+    self._folder, self._log = folder, log
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(keep),
+            policies.BestN(get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False),
+          ]
+        ),
+      ),
+    )
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    with _disk_errors(self._folder):
+      try:
+        self._manager.wait_until_finished()
+      finally:
+        self._manager.close()
+
+  def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None) -> None:
+    """Starts writing `state`; training goes on meanwhile. `record` is JSON; `loss` (of an evaluation) ranks 'best'."""
+    if step in self._manager.all_steps():
+      return
+    record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    with _disk_errors(self._folder):
+      self._manager.save(step, args=items, metrics=None if loss is None else {'loss': loss})
+
+  def latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest intact checkpoint as `(state, record)` on the shardings of `abstract`; None if there is none."""
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        read = self._manager.restore(step, args=items)
+        found = int(checksum(read.state))
+        if found != read.record['checksum']:
+          raise ValueError(f'checksum {found}, written {read.record["checksum"]}')
+        return read.state, read.record
+      except Exception as error:  # orbax and tensorstore raise many kinds; whatever it is, an older one may do
+        self._set_aside(step, error)
+    return None
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    target = self._folder.parent / 'damaged' / f'{self._folder.name}-{step}'
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+      target = target.with_name(target.name + '+')
+    (self._folder / str(step)).rename(target)
+    self._manager.reload()
+    first_line = str(error).strip().split('\n')[0][:200]
+    self._log(f'checkpoint {self._folder / str(step)} is damaged ({first_line}); moved to {target}')
+
+
+@jax.jit
+def checksum(state: Any) -> jax.Array:
+  """uint32: sum over arrays of (index + 1) * sum of the elements' bits, modulo 2^32; the same on any topology."""
+  total = jnp.uint32(0)
+  for i, leaf in enumerate(jax.tree.leaves(state)):
+    total += jnp.uint32(2 * i + 1) * _bits(leaf).sum(dtype=jnp.uint32)
+  return total
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  if x.dtype == jnp.bool_:
+    return x.astype(jnp.uint32)
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+class _disk_errors:
+  """Turns 'no space left' into one line that names the folder."""
+
+  def __init__(self, folder: Path):
+    self._folder = folder
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    seen = error
+    while seen is not None:
+      if getattr(seen, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(seen):
+        raise ConfigError(f'{self._folder}: disk full; the checkpoint was not written, the one before it is intact') from error
+      seen = seen.__cause__ or seen.__context__
+
+
+# ------------------------------------------------------------------------------------------------- finished models
+
+
+def save_model(folder: Path, config: ModelConfig, params: Params, record: dict[str, Any]) -> None:
+  """A finished model: parameters, and model.json, from which alone it can be built again."""
+  with _disk_errors(folder), ocp.StandardCheckpointer() as writer:
+    writer.save(folder.absolute() / 'params', params, force=True)
+    writer.wait_until_finished()
+  write_json(folder / 'model.json', {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))})
+
+
+def load_model(folder: Path) -> tuple[ModelConfig, Params, dict[str, Any]]:
+  """`(config, params, record)` of a finished model; ConfigError if it is missing or damaged."""
+  path = folder / 'model.json'
+  if not path.exists():
+    raise ConfigError(f'{folder}: no finished model there (no model.json); has that arm been trained?')
+  try:
+    record = json.loads(path.read_text())
+    config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
+    with ocp.StandardCheckpointer() as reader:
+      params = reader.restore(folder.absolute() / 'params')
+    if int(checksum(params)) != record['checksum']:
+      raise ValueError('its checksum is wrong')
+  except ConfigError:
+    raise
+  except Exception as error:
+    first_line = str(error).strip().split('\n')[0][:200]
+    raise ConfigError(f'{folder}: damaged model ({first_line}); train that arm again') from error
+  return config, params, record

@@ -1,0 +1,270 @@
+"""Configuration: frozen dataclasses, dotted overrides, canonical JSON, a semantic hash.
+
+Every section of a configuration is a frozen dataclass that stands beside the code that reads it. This module knows
+none of them; it only knows how to change, check, print and hash such trees:
+
+    config = override(config, {'optim.learning_rate': '3e-4', 'model': 'smollm2_135m'})
+    config = check(config)              # values as members of their types; each section's own check()
+    arm_id = semantic_hash(config)      # 12 hex digits; fields marked semantic=False do not enter
+
+Errors are `ConfigError`s of one line that name the key, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
+
+T = TypeVar('T', bound='DataclassInstance')
+
+_TRUE, _FALSE = {'true', '1', 'yes'}, {'false', '0', 'no'}
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be meant. The message is one line: key, value, what is allowed."""
+
+
+def setting(default: Any, *, semantic: bool = True, arm: bool = False) -> Any:
+  """A dataclass field with a default.
+
+  semantic: False for what cannot change the result (paths, device counts, logging); such fields are not hashed.
+  arm: True if the value names another arm of the same sweep, on whose checkpoint this one depends.
+  """
+  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm})
+
+
+# ---------------------------------------------------------------------------------------------- dotted overrides
+
+
+def override(config: T, changes: Mapping[str, Any]) -> T:
+  """Returns `config` with `{'dotted.key': value}` applied. Strings are parsed by the field's annotated type.
+
+  A segment that meets a tuple of sections selects the element whose `kind` it is: 'transforms.distill.weight'.
+  Longer keys are applied after shorter ones, so 'model' (a preset) and 'model.n_layers' may come in any order.
+  """
+  for key in sorted(changes, key=lambda k: k.count('.')):
+    config = _replace(config, key.split('.'), changes[key], key)
+  return config
+
+
+def _replace(node: Any, path: list[str], value: Any, key: str) -> Any:
+  head, rest = path[0], path[1:]
+  if isinstance(node, tuple):
+    kinds = [kind_of(item) for item in node]
+    if head not in kinds:
+      raise ConfigError(f'{key}: no {head!r} here; there is: {", ".join(kinds) or "nothing"}')
+    if not rest:
+      raise ConfigError(f'{key}: names a whole section; set one of: {", ".join(_names(node[kinds.index(head)]))}')
+    i = kinds.index(head)
+    return node[:i] + (_replace(node[i], rest, value, key),) + node[i + 1 :]
+  if not dataclasses.is_dataclass(node) or isinstance(node, type):
+    raise ConfigError(f'{key}: there is nothing below {key.rsplit("." + head, 1)[0]!r}')
+  names = _names(node)
+  if head not in names:
+    close = difflib.get_close_matches(head, names, 1)
+    hint = f'did you mean {close[0]!r}? ' if close else ''
+    raise ConfigError(f'{key}: unknown key {head!r}; {hint}allowed: {", ".join(names)}')
+  if rest:
+    return dataclasses.replace(node, **{head: _replace(getattr(node, head), rest, value, key)})
+  return dataclasses.replace(node, **{head: coerce(_hints(type(node))[head], value, key)})
+
+
+def _names(node: Any) -> list[str]:
+  return [f.name for f in dataclasses.fields(node)]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
+def coerce(annotation: Any, value: Any, key: str) -> Any:
+  """`value` as a member of `annotation`, or ConfigError. Accepts what a command line or a sweep may give."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is Literal:
+    if value not in args:
+      raise ConfigError(f'{key}={value!r}: allowed: {", ".join(map(str, args))}')
+    return value
+  if origin in (Union, types.UnionType):
+    if value in (None, 'none') and type(None) in args:
+      return None
+    return coerce(next(a for a in args if a is not type(None)), value, key)
+  if origin is tuple:
+    items = value.split(',') if isinstance(value, str) else value
+    if not isinstance(items, (tuple, list)):
+      raise ConfigError(f'{key}={value!r}: expected a tuple or a comma-separated list')
+    return tuple(coerce(args[0], item, key) for item in items if item != '')
+  if annotation in (bool, int, float, str):
+    return _scalar(annotation, value, key)
+  if isinstance(value, str) and hasattr(annotation, 'parse'):
+    return annotation.parse(value, key)
+  if not isinstance(value, annotation) or isinstance(value, type):
+    shown = repr(value) if isinstance(value, (str, int, float)) else getattr(value, '__name__', type(value).__name__)
+    raise ConfigError(f'{key}={shown}: expected a {annotation.__name__}')
+  return value
+
+
+def _scalar(annotation: type, value: Any, key: str) -> Any:
+  error = ConfigError(f'{key}={value!r}: expected {annotation.__name__}')
+  if annotation is bool:
+    text = str(value).lower()
+    if text in _TRUE | _FALSE and not isinstance(value, float):
+      return text in _TRUE
+    raise error
+  if annotation is str:
+    if isinstance(value, str):
+      return value
+    raise error
+  if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+    raise error
+  try:
+    number = float(value)
+    if annotation is int:
+      if isinstance(value, str) and value.lstrip('+-').isdigit():
+        return int(value)
+      if number != int(number):
+        raise error
+      return int(number)
+  except (ValueError, OverflowError):
+    raise error from None
+  if not math.isfinite(number):
+    raise ConfigError(f'{key}={value!r}: expected a finite number')
+  return number
+
+
+# ---------------------------------------------------------------------------------------- checking, printing, hash
+
+
+def check(config: T, key: str = 'config') -> T:
+  """Returns `config` with every value as a member of its field's type (1 -> 1.0, a list -> a tuple), or ConfigError.
+
+  Depth first, so that a section's own `check(key)` sees parts that are valid already.
+  """
+  hints, parts = _hints(type(config)), {}
+  for field in dataclasses.fields(config):
+    name = f'{key}.{field.name}'
+    value = coerce(hints[field.name], getattr(config, field.name), name)
+    if _is_section(value):
+      value = check(value, name)
+    elif isinstance(value, tuple):
+      value = tuple(check(v, f'{name}.{kind_of(v)}') if _is_section(v) else v for v in value)
+    parts[field.name] = value
+  config = dataclasses.replace(config, **parts)
+  if hasattr(config, 'check'):
+    config.check(key)
+  return config
+
+
+def _is_section(value: Any) -> bool:
+  return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def kind_of(section: Any) -> str:
+  """What a section in a tuple of sections is called in dotted keys."""
+  return getattr(section, 'kind', type(section).__name__)
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises `ConfigError(message)` unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)
+
+
+def to_dict(config: Any, semantic_only: bool = False) -> dict[str, Any]:
+  """Nested plain dict (JSON types). Elements of section tuples carry their `kind`."""
+  out = {'kind': config.kind} if hasattr(config, 'kind') else {}
+  for field in dataclasses.fields(config):
+    if semantic_only and not field.metadata.get('semantic', True):
+      continue
+    out[field.name] = _plain(getattr(config, field.name), semantic_only)
+  return out
+
+
+def _plain(value: Any, semantic_only: bool) -> Any:
+  if dataclasses.is_dataclass(value):
+    return to_dict(value, semantic_only)
+  if isinstance(value, (tuple, list)):
+    return [_plain(v, semantic_only) for v in value]
+  if isinstance(value, float) and value.is_integer():
+    return int(value)  # 1 and 1.0 in a field of floats are the same setting, and must be the same text
+  return value
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], key: str = 'config') -> T:
+  """The inverse of `to_dict` for sections without section tuples (a ModelConfig from a checkpoint's JSON, say)."""
+  hints, names = _hints(cls), _names(cls)
+  values = {name: value for name, value in values.items() if name != 'kind'}
+  unknown = sorted(set(values) - set(names))
+  require(not unknown, f'{key}: unknown keys {", ".join(unknown)}; written by a newer version?')
+  parts = {}
+  for name, value in values.items():
+    hint = hints[name]
+    nested = dataclasses.is_dataclass(hint) and isinstance(hint, type)
+    parts[name] = from_dict(hint, value, f'{key}.{name}') if nested else coerce(hint, value, f'{key}.{name}')
+  return cls(**parts)
+
+
+def canonical_json(config: Any, semantic_only: bool = False) -> str:
+  """One line, sorted keys, no NaN; floats by shortest round trip, so 1e-3 and 0.001 are the same text."""
+  return json.dumps(to_dict(config, semantic_only), sort_keys=True, separators=(',', ':'), allow_nan=False)
+
+
+def semantic_hash(config: Any) -> str:
+  """First 12 hex digits of SHA-256 over the canonical JSON of the semantic fields: an arm's identity."""
+  return hashlib.sha256(canonical_json(config, semantic_only=True).encode()).hexdigest()[:12]
+
+
+def flatten(config: Any) -> dict[str, Any]:
+  """`{'optim.learning_rate': 0.001, ...}` of a config or of its `to_dict`: leaves only.
+
+  A tuple of sections gives a leaf with their kinds, in their order, besides their own leaves.
+  """
+  out: dict[str, Any] = {}
+
+  def visit(value: Any, key: str) -> None:
+    if isinstance(value, Mapping):
+      for name, item in value.items():
+        visit(item, f'{key}.{name}' if key else name)
+    elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+      out[key] = [item.get('kind', '?') for item in value]
+      for item in value:
+        visit({k: v for k, v in item.items() if k != 'kind'}, f'{key}.{item.get("kind", "?")}')
+    else:
+      out[key] = value
+
+  visit(config if isinstance(config, Mapping) else to_dict(config), '')
+  return out
+
+
+def diff(base: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+  """`{dotted key: (value in base, value in other)}` where the two differ; a key missing on one side shows as None."""
+  a, b = flatten(base), flatten(other)
+  return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def arm_references(config: Any) -> list[tuple[str, str]]:
+  """`[(dotted key, arm name)]` of the fields that name another arm (`setting(..., arm=True)`), empty names left out."""
+  found: list[tuple[str, str]] = []
+
+  def visit(node: Any, key: str) -> None:
+    for field in dataclasses.fields(node):
+      value, name = getattr(node, field.name), f'{key}.{field.name}' if key else field.name
+      if field.metadata.get('arm') and value:
+        found.append((name, value))
+      elif dataclasses.is_dataclass(value):
+        visit(value, name)
+      elif isinstance(value, tuple):
+        for item in value:
+          if dataclasses.is_dataclass(item):
+            visit(item, f'{name}.{kind_of(item)}')
+
+  visit(config, '')
+  return found

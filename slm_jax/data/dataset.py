@@ -1,0 +1,124 @@
+"""The way of the data: sources -> tokenizer -> token stores -> batches."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+
+from slm_jax.config import require
+from slm_jax.data import batches, folder, sources, tokenizer
+from slm_jax.data.batches import HostBatch, Prefetch
+from slm_jax.data.config import DataConfig
+from slm_jax.data.records import Report
+from slm_jax.data.sources import Source
+from slm_jax.data.store import Store, open_store
+from slm_jax.data.tokenizer import Tokenizer
+
+
+class Dataset(NamedTuple):
+  """Tokenised text, ready to be trained and evaluated on."""
+
+  config: DataConfig
+  tokenizer: Tokenizer
+  stores: tuple[Store, ...]  # one a source; their manifests tell counts, padding and bad input
+  train: grain.MapDataset  # [2, seq_len + 1] by index, endless
+  valid: grain.MapDataset  # [2, seq_len + 1] by index, in the order of the text
+  host: int = 0
+  hosts: int = 1
+
+  def batch(self, step: int) -> HostBatch:
+    """This host's rows of the batch that `step` (0, 1, ...) is taken on; a pure function of (config.seed, step)."""
+    return batches.train_batch(self.train, step, self.config.batch_size, self.host, self.hosts)
+
+  def batches(self, start: int, ahead: int = 2, put: Callable[[Any], Any] = lambda x: x) -> Prefetch:
+    """batch(start), batch(start + 1), ... by a thread that is `ahead` of its consumer; to be used in a `with`."""
+    return Prefetch(self.batch, start, ahead, put)
+
+  def valid_batches(self, size: int, sequences: int = 0) -> Iterator[HostBatch]:
+    """The valid split, or so many sequences spread evenly over it, in batches of one shape."""
+    return batches.valid_batches(self.valid, size, batches.spread(len(self.valid), sequences), self.host, self.hosts)
+
+  def floor(self, sequences: int = 0) -> float | None:
+    """The exact entropy floor under the loss on those sequences, in nats per predicted token: sum -log p / tokens.
+
+    None unless the sources know p(text) and every document stands whole in its sequence.
+    """
+    parts = self._valid('nats'), self._valid('predicted_each')
+    if None in parts:
+      return None
+    nats, predicted = ([value for part in values for value in part] for values in parts)
+    chosen = batches.spread(len(nats), sequences)
+    return sum(nats[i] for i in chosen) / sum(predicted[i] for i in chosen)
+
+  @property
+  def bytes_per_token(self) -> float:
+    """UTF-8 bytes of the valid split per predicted token, of which the end of a document is one."""
+    return sum(self._valid('bytes')) / sum(self._valid('predicted'))
+
+  def _valid(self, fact: str) -> list[Any] | None:
+    """That fact of every store that has a valid split; None if one does not know it."""
+    facts = [
+      store.manifest['splits']['valid'].get(fact) for store in self.stores if 'valid' in store.manifest['splits']
+    ]
+    return None if None in facts else facts
+
+
+def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host: int = 0, hosts: int = 1) -> Dataset:
+  """Opens the data of a configuration; what is not in the folder `cache` yet, or is damaged there, is built.
+
+  host of hosts: whose rows of each batch are wanted.
+  ConfigError: a source that does not exist, cannot be read or is empty; input that `config.errors` does not allow;
+  sources that changed since `config.content` was taken; a vocabulary that cannot be made; a batch that hosts cannot
+  share; a full disk.
+  """
+  require(config.batch_size % hosts == 0, f'data.batch_size={config.batch_size}: not divisible among {hosts} hosts')
+  found = sources.open_sources(config)
+  content = sources.fingerprint(config, found)
+  require(
+    config.content in ('', content),
+    f'data.content={config.content!r}: the files now hold {content!r}; they changed since the experiment was launched',
+  )
+  its_tokenizer = _tokenizer(config, found, cache, log)
+  stores = tuple(open_store(source, config, its_tokenizer, cache, log) for source in found)
+  train = [store.records('train') for store in stores if 'train' in store.manifest['splits']]
+  valid = [grain.MapDataset.source(s.records('valid')) for s in stores if 'valid' in s.manifest['splits']]
+  return Dataset(
+    config,
+    its_tokenizer,
+    stores,
+    batches.order(train, config.weights, config.seed),
+    grain.MapDataset.concatenate(valid),
+    host,
+    hosts,
+  )
+
+
+def _tokenizer(config: DataConfig, found: list[Source], cache: Path, log: Callable[[str], None]) -> Tokenizer:
+  """The configuration's tokenizer; a SentencePiece without a file is trained, once, on the sources' training splits."""
+  if config.tokenizer == 'bytes':
+    return tokenizer.Bytes()
+  if config.tokenizer_file:
+    return tokenizer.load(Path(config.tokenizer_file).expanduser())
+  training = [source for source in found if source.role != 'valid']
+  key = [
+    [(source.role, source.fingerprint) for source in training],
+    [getattr(config, name) for name in ('vocab_size', 'errors', 'text_field', 'documents', 'valid_fraction')],
+    [tokenizer.SETTINGS, tokenizer.SAMPLE_BYTES],
+  ]
+
+  def texts() -> Iterator[str]:
+    for source in training:
+      for split, document in sources.documents(source, config, Report(config.errors)):
+        if split == 'valid':
+          break
+        yield document.text
+
+  def build(path: Path) -> dict[str, Any]:
+    model = tokenizer.train(tokenizer.sample(texts()), config.vocab_size)
+    (path / 'tokenizer.model').write_bytes(model.serialize())
+    return {'fingerprint': model.fingerprint}
+
+  path = cache / f'tokenizer-{sources.digest(key)}'
+  folder.open_or_build(path, build, log)
+  return tokenizer.load(path / 'tokenizer.model')

@@ -1,0 +1,87 @@
+"""Documents -> records of L + 1 tokens, from which L predictions are made.
+
+A document is <bos> text <eos>. A record's segment ids count the documents in it from 1; padding is segment 0. Only a
+token whose predecessor stands in the same segment is predicted, so no document ever looks into another one; and every
+token but <bos> is predicted exactly once, for where a document is cut the next piece begins with the last token of the
+one before.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+OPEN = 64  # records that wait for a document that fills them
+
+
+class Piece(NamedTuple):
+  tokens: np.ndarray
+  nats: float | None  # exact -log p of the predicted tokens, if known
+
+
+class Record(NamedTuple):
+  tokens: np.ndarray  # [L + 1]
+  segments: np.ndarray  # [L + 1] uint16
+  nats: float | None
+
+
+def mask(segments: np.ndarray) -> np.ndarray:
+  """[..., L + 1] segment ids -> [..., L]: is the target a token of the same document as the input?"""
+  return (segments[..., 1:] == segments[..., :-1]) & (segments[..., :-1] > 0)
+
+
+def split(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
+  """Documents one after another, cut wherever a record of `length` + 1 tokens is full. No space is lost."""
+  pieces: list[Piece] = []  # what the next record holds so far
+  used = 0
+  for document in documents:
+    at = 0
+    while at < len(document.tokens):
+      if used == length + 1:
+        yield _record(pieces, length, pad)
+        pieces, used, at = [], 0, max(at - 1, 0)  # the last token is the first input of the next record
+      tokens = document.tokens[at : at + length + 1 - used]
+      pieces.append(Piece(tokens, None))
+      used, at = used + len(tokens), at + len(tokens)
+  if pieces:
+    yield _record(pieces, length, pad)
+
+
+def whole(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
+  """Each document whole in one record: in the fullest of the open ones that have room (best fit).
+
+  A document of more than `length` + 1 tokens is cut; its nats are not known piece by piece.
+  """
+  waiting: list[tuple[int, list[Piece]]] = []  # (tokens, pieces)
+  for document in documents:
+    for piece in _cut(document, length):
+      n = len(piece.tokens)
+      room = [i for i, (used, _) in enumerate(waiting) if used + n <= length + 1]
+      used, pieces = waiting.pop(max(room, key=lambda i: waiting[i][0])) if room else (0, [])
+      waiting.append((used + n, [*pieces, piece]))
+      if used + n == length + 1 or len(waiting) > OPEN:
+        fullest = max(range(len(waiting)), key=lambda i: waiting[i][0])
+        yield _record(waiting.pop(fullest)[1], length, pad)
+  for _, pieces in waiting:
+    yield _record(pieces, length, pad)
+
+
+def _cut(document: Piece, length: int) -> Iterator[Piece]:
+  n = len(document.tokens)
+  if n <= length + 1:
+    yield document
+    return
+  for start in range(0, n - 1, length):
+    yield Piece(document.tokens[start : start + length + 1], None)
+
+
+def _record(pieces: list[Piece], length: int, pad: int) -> Record:
+  tokens = np.full(length + 1, pad, np.uint32)
+  segments = np.zeros(length + 1, np.uint16)
+  at = 0
+  for segment, piece in enumerate(pieces, 1):
+    tokens[at : at + len(piece.tokens)] = piece.tokens
+    segments[at : at + len(piece.tokens)] = segment
+    at += len(piece.tokens)
+  known = [piece.nats for piece in pieces if piece.nats is not None]
+  return Record(tokens, segments, sum(known) if len(known) == len(pieces) else None)

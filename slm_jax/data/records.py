@@ -1,0 +1,133 @@
+"""One file -> documents. What is not as it should be is an error, or is counted with its file and line."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slm_jax.config import ConfigError
+
+# a file is a document
+TEXT = frozenset({'.txt', '.text', '.md', '.rst', '.tex', '.yaml', '.toml'}) | {
+  *('.py', '.c', '.h', '.cc', '.cpp', '.cu', '.java', '.js', '.ts', '.go', '.rs', '.rb', '.sh', '.sql')
+}
+LINES = frozenset({'.jsonl', '.json', '.ndjson'})  # a line is a record
+TABLE = frozenset({'.parquet'})  # a row is a record
+LISTED = 1000  # places of bad input that are kept; all are counted
+
+
+class Document(NamedTuple):
+  text: str
+  nats: float | None = None  # exact -log p(text), where the source knows it
+
+
+class Report:
+  """What was wrong with the input. `errors` says what to do about it: 'strict' raises at the first place."""
+
+  def __init__(self, errors: str):
+    self.errors = errors
+    self.count = 0
+    self.places: list[str] = []  # 'file:line: what', the first LISTED
+    self.ignored: list[str] = []  # files of a folder that hold no text that we can read
+
+  def skip(self, where: str, what: str) -> None:
+    """A record that cannot be used; there is nothing to replace it with."""
+    if self.errors != 'skip':
+      raise ConfigError(f"{where}: {what}; data.errors='skip' leaves such records out")
+    self._note(where, what)
+
+  def decode(self, data: bytes, where: str) -> str | None:
+    """The text of UTF-8 bytes; None if it is to be left out."""
+    try:
+      return data.decode()
+    except UnicodeDecodeError as error:
+      what = f'not UTF-8 at byte offset {error.start} (0x{data[error.start]:02x})'
+    if self.errors == 'strict':
+      raise ConfigError(f"{where}: {what}; data.errors='replace' or 'skip' go on") from None
+    self._note(where, what)
+    return data.decode(errors='replace') if self.errors == 'replace' else None
+
+  def _note(self, where: str, what: str) -> None:
+    self.count += 1
+    if len(self.places) < LISTED:
+      self.places.append(f'{where}: {what}')
+
+
+def kind(path: Path) -> str:
+  """'text', 'lines', 'table', or '' for a file that is not read."""
+  suffix = Path(path.stem if path.suffix == '.gz' else path.name).suffix.lower()
+  if suffix in TABLE and path.suffix != '.gz':
+    return 'table'
+  return 'text' if suffix in TEXT else 'lines' if suffix in LINES else ''
+
+
+def read(path: Path, field: str, report: Report) -> Iterator[Document]:
+  """The documents of a file. ConfigError if it cannot be read; what `report` does for records that are no documents."""
+  try:
+    if kind(path) == 'table':
+      yield from _table(path, field, report)
+    else:
+      with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
+        yield from _lines(file, path, field, report) if kind(path) == 'lines' else _text(file, path, report)
+  except (OSError, EOFError, zlib.error) as error:  # gzip raises each of them
+    raise ConfigError(f'{path}: cannot be read: {error}') from error
+
+
+def _text(file: Any, path: Path, report: Report) -> Iterator[Document]:
+  text = report.decode(file.read(), str(path))
+  if text:
+    yield Document(text)
+  elif text == '':
+    report.ignored.append(f'{path} (empty)')
+
+
+def _lines(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:
+  for number, line in enumerate(file, 1):
+    where = f'{path}:{number}'
+    decoded = report.decode(line, where)
+    if decoded is None:
+      continue
+    try:
+      record = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+      report.skip(where, f'not JSON ({error})' if decoded.strip() else 'empty line')
+      continue
+    if not isinstance(record, dict):
+      report.skip(where, f'expected a JSON object, got {type(record).__name__}')
+    elif field not in record:
+      report.skip(where, f'no field {field!r}; there is: {", ".join(map(repr, list(record)[:20])) or "nothing"}')
+    else:
+      yield from check(record[field], f'field {field!r}', where, report)
+
+
+def _table(path: Path, field: str, report: Report) -> Iterator[Document]:
+  import pyarrow.parquet  # slow to import, and seldom needed
+
+  try:
+    table = pyarrow.parquet.ParquetFile(path)
+    if field not in table.schema_arrow.names:
+      raise ConfigError(f'{path}: no column data.text_field={field!r}; there is: {", ".join(table.schema_arrow.names)}')
+    number = 0
+    for batch in table.iter_batches(columns=[field]):
+      for value in batch.column(0).to_pylist():
+        number += 1
+        yield from check(value, f'column {field!r}', f'{path}:{number}', report)
+  except pyarrow.ArrowException as error:
+    raise ConfigError(f'{path}: not a readable Parquet file: {str(error).splitlines()[0]}') from error
+
+
+def check(value: Any, name: str, where: str, report: Report) -> Iterator[Document]:
+  """The document in a record's text field, if it is one."""
+  if not isinstance(value, str):
+    report.skip(where, f'{name} is {"null" if value is None else type(value).__name__}, expected a string')
+  elif not value:
+    report.skip(where, f'{name} is empty')
+  else:
+    try:
+      value.encode()
+    except UnicodeEncodeError:  # JSON can say one half of a surrogate pair; UTF-8 cannot
+      value = report.decode(value.encode(errors='surrogatepass'), f'{where}: {name}')
+    if value:
+      yield Document(value)

@@ -1,0 +1,192 @@
+"""Text <-> token ids: bytes, and SentencePiece.
+
+Both lay their ids out alike, as SentencePiece does with byte fallback: 0 is <unk>, which never occurs in text and so
+serves as padding; 1 begins a document, 2 ends it; 3..258 are the 256 bytes; pieces of text come after those. A model
+over bytes is thus one over a SentencePiece vocabulary without pieces, and can be exported in the same way.
+
+Text is only ever text: '<s>' in a document is encoded letter by letter. For every string s that UTF-8 can express,
+decode(encode(s)) == s.
+"""
+
+import abc
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from slm_jax.config import ConfigError, require
+
+SAMPLE_BYTES = 10_000_000  # of training text from which a vocabulary is learnt
+_BYTES = b'bytes\n'
+LINE = 4000  # characters; a longer line is cut before training
+
+# Under these settings SentencePiece, Hugging Face's fast tokenizer and llama.cpp agree, and no space is ever lost.
+SETTINGS = {
+  'model_type': 'bpe',
+  'character_coverage': 1.0,
+  'byte_fallback': True,
+  'split_digits': True,
+  'allow_whitespace_only_pieces': True,
+  'normalization_rule_name': 'identity',
+  'remove_extra_whitespaces': False,
+  'add_dummy_prefix': False,
+}
+
+
+class Tokenizer(abc.ABC):
+  """Text <-> token ids. Ids are 0 .. vocab_size - 1; a model's vocabulary may be padded beyond."""
+
+  vocab_size: int
+  pad: int
+  bos: int
+  eos: int
+  byte_lengths: np.ndarray  # int32 [V]: UTF-8 bytes that a token stands for; 0 for special ones
+  fingerprint: str  # 16 hex digits of SHA-256 over `serialize()`
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """The text's tokens, without bos and eos."""
+
+  @abc.abstractmethod
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text. Special and unknown ids say nothing; bytes that are not UTF-8 become U+FFFD."""
+
+  @abc.abstractmethod
+  def serialize(self) -> bytes:
+    """What `load` reads; of a SentencePiece, its .model file."""
+
+  def check_vocabulary(self, vocab_size: int) -> None:
+    """ConfigError unless a model of `vocab_size` has room for all tokens."""
+    require(
+      self.vocab_size <= vocab_size,
+      f'model.vocab_size={vocab_size}: too small for the tokenizer, which has {self.vocab_size} tokens',
+    )
+
+  def check_fingerprint(self, fingerprint: str, who: str) -> None:
+    """ConfigError unless `who`, a checkpoint, was trained with this tokenizer."""
+    require(
+      fingerprint == self.fingerprint,
+      f'{who} was trained with tokenizer {fingerprint}, but data.tokenizer gives {self.fingerprint}',
+    )
+
+
+class Bytes(Tokenizer):
+  """One token a byte: id = byte + 3."""
+
+  vocab_size = 259
+  pad, bos, eos = 0, 1, 2
+
+  def __init__(self):
+    self.byte_lengths = np.concatenate([np.zeros(3, np.int32), np.ones(256, np.int32)])
+    self.fingerprint = _fingerprint(self.serialize())
+
+  def encode(self, text: str) -> list[int]:
+    return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
+
+  def serialize(self) -> bytes:
+    return _BYTES
+
+
+class SentencePiece(Tokenizer):
+  """A SentencePiece model, trained here or brought along.
+
+  ConfigError if the bytes are no model, if it has no ids for the begin and the end of a document, or if it loses text
+  (it normalises, or has no byte fallback): a loss per byte of text that was changed first would mean nothing.
+  """
+
+  def __init__(self, model: bytes, name: str = 'SentencePiece model'):
+    try:
+      self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError) as error:
+      raise ConfigError(f'{name}: not a SentencePiece model') from error
+    pieces = self.pieces
+    self.vocab_size = pieces.get_piece_size()
+    self.bos, self.eos = pieces.bos_id(), pieces.eos_id()
+    self.pad = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
+    require(min(self.bos, self.eos) >= 0, f'{name}: has no ids for the begin and the end of a document')
+    self.byte_lengths = np.array([self._length(i) for i in range(self.vocab_size)], np.int32)
+    self._space = [pieces.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
+    self._model = model
+    self.fingerprint = _fingerprint(model)
+    for probe in ('The cat.', '  two  spaces ', '\ttab\nline\r\n', 'é😀ﬁ', '▁', '0123'):
+      require(
+        self.decode(self.encode(probe)) == probe, f'{name}: loses text; {probe!r} is not decoded as it was encoded'
+      )
+
+  def encode(self, text: str) -> list[int]:
+    # '▁' stands for a space inside of SentencePiece, so one in the text is spelt by its bytes.
+    if '▁' not in text:
+      return self.pieces.encode(text)
+    first, *rest = text.split('▁')
+    ids = self.pieces.encode(first)
+    for part in rest:
+      ids += self._space + self.pieces.encode(part)
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self.pieces.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and self.byte_lengths[i]])
+
+  def serialize(self) -> bytes:
+    return self._model
+
+  def _length(self, i: int) -> int:
+    pieces = self.pieces
+    if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i):
+      return 0
+    return 1 if pieces.is_byte(i) else len(pieces.id_to_piece(i).replace('▁', ' ').encode())
+
+
+def _fingerprint(serialized: bytes) -> str:
+  return hashlib.sha256(serialized).hexdigest()[:16]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> SentencePiece:
+  """Learns a BPE vocabulary; the same texts give the same bytes. ConfigError if the texts do not suffice for it.
+
+  The text is taken line by line, so a newline is always a token by itself.
+  """
+  lines = (line[i : i + LINE] for text in texts for line in text.split('\n') for i in range(0, len(line), LINE))
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=lines,
+      model_writer=model,
+      vocab_size=vocab_size,
+      max_sentence_length=4 * LINE,
+      num_threads=1,
+      minloglevel=2,
+      **SETTINGS,
+    )
+  except RuntimeError as error:
+    raise ConfigError(f'data.vocab_size={vocab_size}: {str(error).split("] ")[-1].splitlines()[0]}') from error
+  return SentencePiece(model.getvalue())
+
+
+def sample(texts: Iterable[str], limit: int = SAMPLE_BYTES) -> list[str]:
+  """Every 2^k-th text, for the least k with which they hold at most `limit` bytes: an even sample in one pass."""
+  kept: list[str] = []
+  stride, size = 1, 0
+  for i, text in enumerate(texts):
+    if i % stride:
+      continue
+    kept.append(text.encode()[:limit].decode(errors='ignore'))
+    size += len(kept[-1].encode())
+    while size > limit:
+      kept, stride = kept[::2], 2 * stride
+      size = sum(len(text.encode()) for text in kept)
+  return kept
+
+
+def load(path: Path) -> Tokenizer:
+  """A tokenizer from a file of `serialize()`. ConfigError if it is missing or something else."""
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise ConfigError(f'tokenizer {str(path)!r}: {error.strerror}') from error
+  return Bytes() if data == _BYTES else SentencePiece(data, f'tokenizer {str(path)!r}')

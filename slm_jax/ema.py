@@ -1,0 +1,42 @@
+"""Exponential moving average of the parameters, as a transform: what evaluation and export see is the average."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.config import require
+from slm_jax.step import Resources, Transform, TransformConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema(TransformConfig):
+  kind: ClassVar[str] = 'ema'
+  decay: float = 0.99  # traced
+
+  def check(self, key: str) -> None:
+    require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
+
+  def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
+    return ema(self.decay), {}
+
+
+def ema(decay: float) -> Transform:
+  """average <- d_t * average + (1 - d_t) * params, d_t = min(decay, (1 + t)/(10 + t)), in float32.
+
+  The ramp lets the average follow the fast early phase (TensorFlow's ExponentialMovingAverage does the same).
+  """
+
+  def init(key, params):
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+  def after(average, state, update):
+    t = update.context.step.astype(jnp.float32)
+    d = jnp.minimum(state.hparams['ema.decay'], (1 + t) / (10 + t))
+    return jax.tree.map(lambda a, p: d * a + (1 - d) * p.astype(jnp.float32), average, state.params), state
+
+  def final(average, params):
+    return jax.tree.map(lambda a, p: a.astype(p.dtype), average, params)
+
+  return Transform('ema', {'ema.decay': decay}, init=init, after=after, final=final)

@@ -1,0 +1,98 @@
+"""Evaluation on held-out text: nats per token, bits per byte, perplexity, accuracy, calibration error, samples.
+
+The reported loss is plain cross-entropy at temperature 1, whatever the training objective was.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm_jax import losses
+from slm_jax.data.tokenizer import Tokenizer
+from slm_jax.experiment import Config
+from slm_jax.losses import Term, Terms
+from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.decode import generate
+
+BINS = 15
+
+
+def make_eval_step(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callable[[Params, Batch], Terms]:
+  """A jitted function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token."""
+  cross_entropy = losses.cross_entropy()
+  lengths = np.zeros(model.config.vocab_size, np.float32)
+  lengths[: len(byte_lengths)] = byte_lengths
+
+  def token_loss(logits, tokens, context) -> Terms:
+    mask = tokens['mask']
+    confidence = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+    hits = (jnp.argmax(logits, axis=-1) == tokens['targets']).astype(jnp.float32)
+    bins = jax.nn.one_hot((confidence * BINS).astype(jnp.int32).clip(0, BINS - 1), BINS) * mask[..., None]
+    over_tokens = tuple(range(mask.ndim))
+    return {
+      **cross_entropy(logits, tokens, context),
+      'bytes': Term((jnp.asarray(lengths)[tokens['targets']] * mask).sum(), mask.sum(), 0.0),
+      'confidence': Term((bins * confidence[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
+      'correct': Term((bins * hits[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
+    }
+
+  @jax.jit
+  def step(params, batch):
+    return losses.over_chunks(token_loss, model.head, params, model.hidden(params, batch), batch, None, chunk)
+
+  return step
+
+
+def evaluate(
+  step: Callable[[Params, Batch], Terms], params: Params, batches: Iterable[Batch], poll: Callable[[], None]
+) -> dict[str, float]:
+  """Means over all tokens of all batches; `poll` is called between batches (and may raise).
+
+  loss: nats per token. bits_per_byte: total nats / ln 2 / total bytes. ece: expected calibration error of the most
+  likely token, 15 equal bins of confidence: sum_b n_b/N |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
+  """
+  total: Terms | None = None
+  for batch in batches:
+    poll()
+    terms = jax.device_get(step(params, batch))
+    # float64 on the host: a float32 sum over millions of tokens would lose the last digits
+    terms = jax.tree.map(lambda x: np.asarray(x, np.float64), terms)
+    total = terms if total is None else losses.add(total, terms)
+  assert total is not None, 'the valid split holds at least one batch'
+  nats, count = float(total['loss'].sum), float(total['loss'].count)
+  n_bytes = float(total['bytes'].sum)
+  ece = np.abs(total['correct'].sum - total['confidence'].sum).sum() / max(count, 1)
+  loss = nats / max(count, 1)
+  return {
+    'loss': loss,
+    'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes else float('nan'),
+    'perplexity': math.exp(min(loss, 700)),
+    'accuracy': float(total['accuracy'].sum) / max(count, 1),
+    'ece': float(ece),
+    'tokens_evaluated': count,
+  }
+
+
+def samples(config: Config, params: Params, tokenizer: Tokenizer) -> list[dict[str, str]]:
+  """`[{'prompt', 'text'}]`: what the model writes after `eval.prompt`, up to its end-of-document token."""
+  prompt = [tokenizer.bos, *tokenizer.encode(config.eval.prompt)]
+  new = min(config.eval.sample_tokens, config.model.max_len - len(prompt))
+  if config.eval.samples == 0 or new <= 0:
+    return []
+  write = jax.jit(generate, static_argnums=0, static_argnames=('max_new', 'eos', 'pad'))
+  tokens = write(
+    config.model,
+    params,
+    jnp.tile(jnp.asarray(prompt, jnp.int32), (config.eval.samples, 1)),
+    jnp.full(config.eval.samples, len(prompt), jnp.int32),
+    jax.random.PRNGKey(config.seed),
+    max_new=new,
+    temperature=jnp.float32(config.eval.temperature),
+    eos=tokenizer.eos,
+    pad=tokenizer.eos,
+  )
+  rows = [[int(t) for t in row if t != tokenizer.eos and t < tokenizer.vocab_size] for row in np.asarray(tokens)]
+  return [{'prompt': config.eval.prompt, 'text': tokenizer.decode(row)} for row in rows]

@@ -1,0 +1,96 @@
+"""Config: one experiment, as a tree of frozen dataclasses; what `config()` of an experiment file returns.
+
+Each section stands beside the code that reads it; this module only puts them together and checks what spans sections.
+"""
+
+import dataclasses
+from typing import Literal
+
+from slm_jax.config import require, setting
+from slm_jax.data.config import DataConfig
+from slm_jax.model.config import ModelConfig
+from slm_jax.optim import OptimConfig
+from slm_jax.step import TransformConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  steps: int = 1000
+  accumulate: int = 1  # parts into which a batch is split, one after another
+  z_loss: float = 0.0
+  loss_chunk: int = setting(2048, semantic=False)  # tokens whose logits exist at once
+
+  def check(self, key: str) -> None:
+    require(self.steps > 0, f'{key}.steps={self.steps}: must be positive')
+    require(self.accumulate > 0, f'{key}.accumulate={self.accumulate}: must be positive')
+    require(self.z_loss >= 0, f'{key}.z_loss={self.z_loss}: must not be negative')
+    require(self.loss_chunk > 0, f'{key}.loss_chunk={self.loss_chunk}: must be positive')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  every: int = 200  # steps; the last step is always evaluated
+  sequences: int = 256  # of the valid split, the first ones; 0: all
+  samples: int = 2  # texts written at the end
+  sample_tokens: int = 96
+  temperature: float = 1.0
+  prompt: str = ''
+
+  def check(self, key: str) -> None:
+    require(self.every > 0, f'{key}.every={self.every}: must be positive')
+    for name in ('sequences', 'samples', 'sample_tokens', 'temperature'):
+      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """Where the parameters come from: an initialiser, or another arm's trained ones, cut to this arm's model if smaller."""
+
+  arm: str = setting('', arm=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How, not what: nothing here changes a result beyond rounding, and nothing here enters an arm's identity."""
+
+  data_parallel: int = 0  # devices on the mesh axis 'data'; 0: all that are left
+  fsdp: int = 1
+  tensor: int = 1
+  log_every: int = 10
+  checkpoint_every: int = 500
+  keep: int = 2  # checkpoints beside the best one
+  prefetch: int = 2  # batches on the device ahead of the step
+  tensorboard: bool = False
+  wandb: bool = False
+
+  def check(self, key: str) -> None:
+    for name in ('fsdp', 'tensor', 'log_every', 'checkpoint_every', 'keep', 'prefetch'):
+      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
+    require(self.data_parallel >= 0, f'{key}.data_parallel={self.data_parallel}: must not be negative')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  name: str = setting('', semantic=False)  # the arm's label in tables; other arms may refer to it
+  seed: int = 0  # of the initial parameters and of all randomness in the step; the order of data has its own
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  init: InitConfig = InitConfig()
+  transforms: tuple[TransformConfig, ...] = ()
+  run: RunConfig = setting(RunConfig(), semantic=False)
+
+  def check(self, key: str) -> None:
+    data, train = self.data, self.train
+    require(
+      data.seq_len <= self.model.max_len,
+      f'{key}.data.seq_len={data.seq_len}: longer than model.max_len={self.model.max_len} positions',
+    )
+    require(
+      data.batch_size % train.accumulate == 0,
+      f'{key}.data.batch_size={data.batch_size}: not divisible by train.accumulate={train.accumulate}',
+    )
+    kinds = [transform.kind for transform in self.transforms]
+    require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')

@@ -1,0 +1,105 @@
+"""The books of a run: tokens and seconds, metrics one step late, NaN noticed, progress shown."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from slm_jax import perf
+from slm_jax.experiment import Config
+from slm_jax.metrics import MetricLog
+
+
+class NotFinite(ArithmeticError):
+  """The loss or the gradient is no longer a number."""
+
+
+class Ledger:
+  """Counts what a run has used, over all its restarts, and writes it to the log.
+
+  `add` only notes a step's metrics and reads those of the step before, which the device has long finished: the host
+  never waits for a step that it has just started. `settle` reads what is outstanding.
+  """
+
+  def __init__(self, log: MetricLog, config: Config, flops_per_token: float, step: int, record: Mapping[str, Any]):
+    self._log, self._every = log, config.run.log_every
+    self._flops, self._peak = flops_per_token, perf.peak_flops()[0]
+    self._tokens, self._seconds = record.get('tokens', 0.0), record.get('seconds', 0.0)
+    self._best: float | None = record.get('best')
+    self._pending: tuple[int, Any] | None = None
+    self._since = time.perf_counter()
+    self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
+    self._compiled = False  # the first step compiles, and does not count for the speed
+    self._bar = tqdm(
+      total=config.train.steps, initial=step, desc=config.name, disable=not sys.stderr.isatty(), leave=False, unit='step'
+    )
+
+  def __enter__(self) -> 'Ledger':
+    self._since = time.perf_counter()
+    return self
+
+  def __exit__(self, *exc: Any) -> None:
+    self._bar.close()
+
+  def record(self) -> dict[str, Any]:
+    """What a checkpoint remembers of it."""
+    self._tick(training=True)
+    return {'tokens': self._tokens, 'seconds': self._seconds, 'best': self._best}
+
+  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Notes the metrics of the step that was just started, and settles those of the one before."""
+    self.settle()
+    self._pending = (step, metrics)
+
+  def settle(self) -> None:
+    """Reads outstanding metrics; raises NotFinite if there is no number where one should be."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    self._tick(training=self._compiled)
+    self._tokens += values['tokens']
+    self._window[0] += values['tokens'] * self._compiled
+    self._compiled = True
+    bad = [k for k in ('total', 'grad_norm') if not math.isfinite(values[k])]
+    if step % self._every == 0 or bad:
+      speed = self._window[0] / self._window[1] if self._window[1] else math.nan
+      mfu = speed * self._flops / self._peak
+      self._window = [0.0, 0.0]
+      used = {'tokens': self._tokens, 'seconds': self._seconds, 'tokens_per_second': speed, 'mfu': mfu}
+      self._log.write(step, 'train', {**values, **used})
+      self._bar.set_postfix_str(f'loss {values["loss"]:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}')
+    self._bar.update(step - self._bar.n)
+    if bad:
+      raise NotFinite(f'step {step}: {" and ".join(bad)} not finite; the last good checkpoint is kept')
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Time in here counts for the run, but not for its speed."""
+    self._tick(training=True)
+    try:
+      yield
+    finally:
+      self._tick(training=False)
+
+  def evaluated(self, step: int, results: Mapping[str, float]) -> float | None:
+    """Writes an evaluation; returns its loss if it is the lowest so far."""
+    self._tick(training=False)
+    self._log.write(step, 'eval', {**results, 'tokens': self._tokens, 'seconds': self._seconds})
+    if self._best is not None and not results['loss'] < self._best:
+      return None
+    self._best = results['loss']
+    return self._best
+
+  def _tick(self, training: bool) -> None:
+    now = time.perf_counter()
+    self._seconds += now - self._since
+    if training:
+      self._window[1] += now - self._since
+    self._since = now

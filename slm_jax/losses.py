@@ -1,0 +1,138 @@
+"""Losses as float32 (sum, count) pairs, summed over chunks of tokens so that full logits never exist.
+
+Shapes: B batch, T time, D width, V vocabulary, C tokens of a chunk (see slm_jax/model/config.py).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 2048  # tokens whose logits exist at once
+
+
+class Term(NamedTuple):
+  """A sum over tokens (or whatever is counted), how many there were, and the term's weight in the objective.
+
+  Sums and counts add up over chunks, micro-batches and devices; they are divided once, at the end. A term of weight 0
+  is a metric. A count must not depend on the parameters.
+  """
+
+  sum: jax.Array
+  count: jax.Array
+  weight: jax.Array | float = 1.0
+
+
+Terms = dict[str, Term]
+
+
+def objective(terms: Terms, counts: dict[str, jax.Array] | None = None) -> jax.Array:
+  """sum_k weight_k * sum_k / count_k; `counts` overrides the terms' own (those of the whole batch, for a part of it)."""
+  total = jnp.float32(0)
+  for name, term in terms.items():
+    count = term.count if counts is None else counts[name]
+    total += term.weight * term.sum / jnp.maximum(count, 1)
+  return total
+
+
+def means(terms: Terms) -> dict[str, jax.Array]:
+  """sum / count of every term."""
+  return {name: term.sum / jnp.maximum(term.count, 1) for name, term in terms.items()}
+
+
+def add(a: Terms, b: Terms) -> Terms:
+  """The terms of two disjoint sets of tokens together."""
+  return {name: Term(a[name].sum + b[name].sum, a[name].count + b[name].count, b[name].weight) for name in b}
+
+
+def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
+  """Token loss: 'loss' = -log softmax(z)[target] in nats, 'accuracy' (weight 0), and, if asked for, z_loss * log(Z)^2.
+
+  z-loss: PaLM, arXiv 2204.02311, section 5.
+  """
+
+  def token_loss(logits, tokens, context) -> Terms:
+    del context
+    targets, mask = tokens['targets'], tokens['mask']
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    hits = jnp.argmax(logits, axis=-1) == targets
+    count = mask.sum()
+    terms = {
+      'loss': Term((nats * mask).sum(), count, 1.0),
+      'accuracy': Term((hits * mask).sum(), count, 0.0),
+    }
+    if z_loss:
+      terms['z_loss'] = Term((log_z**2 * mask).sum(), count, z_loss)
+    return terms
+
+  return token_loss
+
+
+def over_chunks(
+  token_loss: Callable[..., Terms],
+  head: Callable[[Any, jax.Array], jax.Array],
+  params: Any,
+  hidden_BTD: jax.Array,
+  batch: dict[str, jax.Array],
+  context: Any,
+  chunk: int = CHUNK,
+) -> Terms:
+  """Sums `token_loss(head(params, x), tokens, context)` over chunks of about `chunk` tokens.
+
+  A chunk takes every sequence and a stretch of time, so a batch sharded over devices stays so. Each chunk's logits are
+  recomputed in the backward pass (`jax.checkpoint`): peak memory falls from B*T*V to chunk*V floats, for a third more
+  FLOPs in the head. A batch that fits one chunk skips both the loop and the recomputation. Entries of `batch` whose
+  leading axes are (B, T) are cut along with the hidden states; the others are not passed on.
+  """
+  b, t, _ = hidden_BTD.shape
+  tokens = {k: v for k, v in batch.items() if v.ndim >= 2 and v.shape[:2] == (b, t)}
+  if b * t <= chunk:
+    return token_loss(head(params, hidden_BTD), tokens, context)
+  width = max(1, chunk // b)
+  steps = -(-t // width)
+  padding = steps * width - t  # padded tokens have mask 0
+
+  def cut(x):
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, steps, width, *x.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def body(params, x, tokens):
+    return token_loss(head(params, x), tokens, context)
+
+  pieces = (cut(hidden_BTD), {k: cut(v) for k, v in tokens.items()})
+  first = jax.eval_shape(body, params, *jax.tree.map(lambda x: x[0], pieces))
+  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), first)
+  total, _ = jax.lax.scan(lambda terms, piece: (add(terms, body(params, *piece)), None), zero, pieces)
+  return total
+
+
+def gradient(terms_of: Callable[[Any, Any], Terms], params: Any, batch: Any, parts: int = 1) -> tuple[Terms, Any]:
+  """Terms and gradient of the objective over `batch`, computed in `parts` slices of it along the leading axis.
+
+  The gradient is that of the whole batch's objective: each slice's sums are divided by the counts of the whole batch,
+  which are computed first (the compiler drops all of that first pass but the masks).
+  """
+  if parts == 1:
+    (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, batch)), has_aux=True)(params)
+    return terms, grads
+  counts = {name: term.count for name, term in terms_of(params, batch).items()}
+  # Slice i takes rows i, i + parts, ...: on a batch that is sharded along its rows, every device keeps its own.
+  slices = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+  def body(carry, part):
+    (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, part), counts), has_aux=True)(params)
+    total, summed = carry
+    return (add(total, terms), jax.tree.map(jnp.add, summed, grads)), None
+
+  part = jax.tree.map(lambda x: x[0], slices)
+  shapes = jax.eval_shape(terms_of, params, part)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+  (terms, grads), _ = jax.lax.scan(body, (zeros, jax.tree.map(jnp.zeros_like, params)), slices)
+  return terms, grads
+
+
+def _with_terms(terms: Terms, counts: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Terms]:
+  return objective(terms, counts), terms

@@ -1,0 +1,79 @@
+"""ModelConfig: what distinguishes one decoder from another, as data. Presets are in presets.py."""
+
+import dataclasses
+from typing import Literal
+
+from slm_jax.config import require, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only transformer. The defaults are a Llama; the notes name the families that need each switch.
+
+  Legend used in the model and losses: B batch, T time, S source time (keys), V vocabulary, D model width, L layers,
+  H query heads, G key/value heads (groups), K head size, F feed-forward width, N tokens (B*T), C a chunk of tokens.
+  """
+
+  vocab_size: int = 512
+  d_model: int = 128
+  n_layers: int = 4
+  n_heads: int = 4
+  n_kv_heads: int = 4
+  head_dim: int = 32  # H*K may differ from D (Qwen3, Gemma 3)
+  d_ff: int = 384
+  max_len: int = 2048  # positions; a longer sequence is an error
+
+  norm: Literal['rms', 'layer'] = 'rms'  # 'layer': GPT-2 (with bias)
+  norm_eps: float = 1e-5
+  norm_offset: float = 0.0  # Gemma: scale is (1 + w)
+  post_norms: bool = False  # Gemma 3: norms after attention and after the MLP too
+  qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm per head before RoPE
+  mlp: Literal['swiglu', 'geglu', 'gelu'] = 'swiglu'  # geglu: Gemma; gelu (tanh, no gate): GPT-2
+  bias: bool = False  # GPT-2: biases on all projections
+  positions: Literal['rope', 'learned'] = 'rope'
+  rope_theta: float = 10_000.0
+  rope_local_theta: float = 10_000.0  # theta of the sliding-window layers
+  rope_scaling: tuple[float, ...] = ()  # Llama 3: (factor, low_freq_factor, high_freq_factor, original positions)
+  window: int = 0  # sliding window of the local layers; 0: none are local
+  global_every: int = 1  # every n-th layer attends globally (Gemma 3: 6), the others within the window
+  attn_scale: float = 0.0  # query multiplier; 0 means head_dim**-0.5
+  tied: bool = True  # head = transposed embedding
+  embed_scale: float = 1.0  # Gemma: sqrt(d_model)
+  softcap: float = 0.0  # logits = c*tanh(logits/c); 0: off
+
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations; losses and norms' statistics are float32
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  init_std: float = 0.02
+  remat: Literal['none', 'full', 'dots'] = setting('none', semantic=False)
+  unroll: int = setting(0, semantic=False)  # layers a scan iteration; 0: all of them
+
+  def check(self, key: str) -> None:
+    for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_len'):
+      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
+    require(
+      self.n_heads % self.n_kv_heads == 0,
+      f'{key}.n_heads={self.n_heads}: must be a multiple of n_kv_heads={self.n_kv_heads}',
+    )
+    require(
+      self.positions != 'rope' or self.head_dim % 2 == 0,
+      f'{key}.head_dim={self.head_dim}: RoPE needs an even head size',
+    )
+    require(
+      len(self.rope_scaling) in (0, 4),
+      f'{key}.rope_scaling={self.rope_scaling}: expected none or (factor, low, high, original positions)',
+    )
+    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'init_std'):
+      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
+    for name in ('rope_theta', 'rope_local_theta', 'global_every'):
+      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
+    require(
+      not self.window or self.global_every > 1,
+      f'{key}.window={self.window}: no layer is local with global_every=1; allowed: 2 or more',
+    )
+    require(0 <= self.unroll <= self.n_layers, f'{key}.unroll={self.unroll}: must be 0..n_layers={self.n_layers}')
+
+  @classmethod
+  def parse(cls, name: str, key: str) -> 'ModelConfig':
+    from slm_jax.model.presets import preset  # presets are made of ModelConfigs
+
+    return preset(name, key)

@@ -1,0 +1,289 @@
+"""One decoder for the Llama/SmolLM2, Qwen3, Gemma 3 and GPT-2 families; they differ by fields of ModelConfig only.
+
+    model = build(config)
+    logits_BTV = Decoder(config).apply({'params': params}, tokens_BT, segments_BT)
+
+The tree of parameters, the shape of each and the logical names of its axes all follow from one table (`_table`).
+Sharding is not mentioned: it is a property of the arguments. The maths of the pieces is in ops.py, rope.py and
+attention.py; legend of shapes in config.py.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm_jax import config as configs
+from slm_jax.config import require
+from slm_jax.model import ops, rope
+from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.attention import Cache, attention, document_starts
+from slm_jax.model.config import ModelConfig
+
+# ------------------------------------------------------------------------------------------------------ parameters
+
+
+def _table(config: ModelConfig) -> dict[str, Any]:
+  """Every parameter and its axes, by the letters of the legend; P is a learned position."""
+  layer = {'attn_norm': 'D', 'q': 'DHK', 'k': 'DGK', 'v': 'DGK', 'o': 'HKD', 'mlp_norm': 'D', 'up': 'DF', 'down': 'FD'}
+  if config.mlp != 'gelu':
+    layer['gate'] = 'DF'
+  if config.post_norms:
+    layer |= {'attn_post_norm': 'D', 'mlp_post_norm': 'D'}
+  table = {'embed': {'tokens': 'VD'}, 'layers': layer, 'final_norm': 'D'}
+  if config.norm == 'layer':
+    layer |= {f'{name}_bias': 'D' for name in layer if name.endswith('norm')}
+    table['final_norm_bias'] = 'D'
+  if config.bias:
+    layer |= {'q_bias': 'HK', 'k_bias': 'GK', 'v_bias': 'GK', 'o_bias': 'D', 'up_bias': 'F', 'down_bias': 'D'}
+    if 'gate' in layer:
+      layer['gate_bias'] = 'F'
+  if config.qk_norm:
+    layer |= {'q_norm': 'K', 'k_norm': 'K'}
+  if config.positions == 'learned':
+    table['embed']['positions'] = 'PD'
+  if not config.tied:
+    table['head'] = 'DV'
+  table['layers'] = {name: 'L' + axes for name, axes in layer.items()}
+  return table
+
+
+_LOGICAL = {
+  'V': 'vocab',
+  'P': None,
+  'D': 'embed',
+  'L': 'layers',
+  'H': 'heads',
+  'G': 'kv_heads',
+  'K': 'head_dim',
+  'F': 'mlp',
+}
+
+
+def logical_axes(config: ModelConfig) -> Any:
+  """A tree like the parameters; each leaf is a tuple that names the axes of one, None where there is nothing to say."""
+  return jax.tree.map(lambda axes: tuple(_LOGICAL[a] for a in axes), _table(config))
+
+
+def shapes(config: ModelConfig) -> Any:
+  """A tree like the parameters, of jax.ShapeDtypeStruct; nothing is allocated."""
+  c = config
+  size = {
+    'V': c.vocab_size,
+    'P': c.max_len,
+    'D': c.d_model,
+    'L': c.n_layers,
+    'H': c.n_heads,
+    'G': c.n_kv_heads,
+    'K': c.head_dim,
+    'F': c.d_ff,
+  }
+  return jax.tree.map(lambda axes: jax.ShapeDtypeStruct([size[a] for a in axes], c.param_dtype), _table(c))
+
+
+def _moments(config: ModelConfig, name: str) -> tuple[float, float]:
+  """Mean and standard deviation at the start: identity norms; init_std, over sqrt(2 L) into the residual (GPT-2)."""
+  if name.endswith('bias'):
+    return 0.0, 0.0
+  if name.endswith('norm'):
+    return 1 - config.norm_offset, 0.0
+  return 0.0, config.init_std / math.sqrt(2 * config.n_layers) if name in ('o', 'down') else config.init_std
+
+
+def _draw(config: ModelConfig, key: jax.Array, tree: dict[str, jax.ShapeDtypeStruct]) -> Params:
+  """Arrays cut from one stream of normals: each use of the generator costs the compiler most of a second."""
+  moments = {name: _moments(config, name) for name in tree}
+  noise = jax.random.normal(key, [sum(s.size for name, s in tree.items() if moments[name][1])])
+  out, at = {}, 0
+  for name, s in tree.items():
+    mean, std = moments[name]
+    value = jnp.full(s.shape, mean)
+    if std:
+      value, at = std * noise[at : at + s.size].reshape(s.shape), at + s.size
+    out[name] = value.astype(s.dtype)
+  return out
+
+
+def _draw_layers(config: ModelConfig, key: jax.Array) -> Params:
+  """Layer by layer, so that the noise of no more than one exists."""
+  one = {name: jax.ShapeDtypeStruct(s.shape[1:], s.dtype) for name, s in shapes(config)['layers'].items()}
+  return jax.lax.map(lambda key: _draw(config, key, one), jax.random.split(key, config.n_layers))
+
+
+# ------------------------------------------------------------------------------------------------------- one layer
+
+
+class Place(NamedTuple):
+  """Where queries stand and how far back they see, for one kind of layer. The leading axis may be 1 for all rows."""
+
+  angles: tuple[jax.Array, ...]  # of RoPE: cos, sin; none if positions are learned
+  low_BT: jax.Array  # first slot seen
+  high_BT: jax.Array  # last slot seen, the query's own
+
+
+def _places(config: ModelConfig, slot_BT: jax.Array, start_BT: jax.Array) -> tuple[Place, Place | None]:
+  """The Place in global and in local (sliding-window) layers; None if no layer is local."""
+
+  def place(theta, scaling, low_BT):
+    frequencies = rope.frequencies(config.head_dim, theta, scaling)
+    turned = rope.angles(slot_BT - start_BT, frequencies) if config.positions == 'rope' else ()
+    return Place(turned, jnp.minimum(low_BT, slot_BT), slot_BT)  # padding before a row's start sees itself
+
+  everywhere = place(config.rope_theta, config.rope_scaling, start_BT)
+  if not config.window:
+    return everywhere, None
+  return everywhere, place(config.rope_local_theta, (), jnp.maximum(start_BT, slot_BT - config.window + 1))
+
+
+def layer(
+  config: ModelConfig,
+  w: Params,
+  x_BTD: jax.Array,
+  cache: Cache | None,
+  index: jax.Array,
+  places: tuple[Place, Place | None],
+) -> tuple[jax.Array, Cache | None]:
+  """Attention and MLP, each of a norm of the residual stream x and added to it.
+
+  w: the weights of this layer, whose number is `index` (int32). With a cache, its tokens are attended to as well, and
+  the new keys and values are in the one returned.
+  """
+  c = config
+  norm = functools.partial(_norm, c, w)
+  linear = functools.partial(_linear, c, w)
+  place, local = places
+  if local is not None:
+    is_global = (index + 1) % c.global_every == 0
+    place = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), place, local)
+
+  h_BTD = norm('attn_norm', x_BTD)
+  q_BTHK = linear('q', h_BTD)
+  k_BTGK = linear('k', h_BTD)
+  v_BTGK = linear('v', h_BTD)
+  if c.qk_norm:
+    q_BTHK = ops.rms_norm(q_BTHK, c.norm_offset + w['q_norm'], c.norm_eps)
+    k_BTGK = ops.rms_norm(k_BTGK, c.norm_offset + w['k_norm'], c.norm_eps)
+  if place.angles:
+    q_BTHK, k_BTGK = rope.rotate(q_BTHK, *place.angles), rope.rotate(k_BTGK, *place.angles)
+  k_BSGK, v_BSGK = k_BTGK, v_BTGK
+  if cache is not None:
+    k_BSGK, v_BSGK, cache = cache.insert(index, k_BTGK, v_BTGK)
+  z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.attn_scale or c.head_dim**-0.5)
+  a_BTD = linear('o', z_BTHK, 2)
+  x_BTD += norm('attn_post_norm', a_BTD) if c.post_norms else a_BTD
+
+  h_BTD = norm('mlp_norm', x_BTD)
+  up_BTF = linear('up', h_BTD)
+  gate_BTF = linear('gate', h_BTD) if c.mlp != 'gelu' else None
+  m_BTD = linear('down', ops.activation(c.mlp, up_BTF, gate_BTF))
+  x_BTD += norm('mlp_post_norm', m_BTD) if c.post_norms else m_BTD
+  return x_BTD, cache
+
+
+def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
+  scale = config.norm_offset + w[name]
+  if config.norm == 'layer':
+    return ops.layer_norm(x, scale, w[f'{name}_bias'], config.norm_eps)
+  return ops.rms_norm(x, scale, config.norm_eps)
+
+
+def _linear(config: ModelConfig, w: Params, name: str, x: jax.Array, n_in: int = 1) -> jax.Array:
+  """x times the weights of `name`, over its last n_in axes."""
+  y = ops.linear(x, w[name], n_in)
+  return y + w[f'{name}_bias'].astype(x.dtype) if config.bias else y
+
+
+def _layers(
+  config: ModelConfig, w: Params, x_BTD: jax.Array, cache: Cache | None, places: tuple[Place, Place | None]
+) -> tuple[jax.Array, Cache | None]:
+  """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says."""
+  unroll = config.unroll or config.n_layers
+
+  def body(carry, one):
+    x_BTD, cache = carry
+    return layer(config, one[0], x_BTD, cache, one[1], places), None
+
+  if config.remat != 'none':
+    # 'dots' keeps the projections' outputs and recomputes the rest: scores, softmax, norms, activations.
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+    # Between iterations of a loop the compiler cannot merge the two computations; inside an unrolled one it could.
+    body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
+  carry, _ = jax.lax.scan(body, (x_BTD, cache), (w, jnp.arange(config.n_layers)), unroll=unroll)
+  return carry
+
+
+# ----------------------------------------------------------------------------------------------------- the decoder
+
+
+class Decoder(nn.Module):
+  """Tokens to logits. `hidden` and `head` are its two halves; `run` is `hidden` with a cache."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+
+    def declare(name, tree):
+      if name == 'layers':
+        return self.param(name, functools.partial(_draw_layers, c))
+      if isinstance(tree, dict):
+        return self.param(name, lambda key: _draw(c, key, tree))
+      return self.param(name, lambda key: _draw(c, key, {name: tree})[name])
+
+    self.weights = {name: declare(name, tree) for name, tree in shapes(c).items()}
+
+  def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """float32 logits_BTV. segments: see `hidden`."""
+    return self.head(self.hidden(tokens_BT, segments_BT))
+
+  def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """x_BTD after the final norm.
+
+    segments: int32, 0 for padding, documents numbered from 1 in each row; None: every row is one document. Attention
+    stays inside a document, and positions start anew in each.
+    """
+    t = tokens_BT.shape[1]
+    require(t <= self.config.max_len, f'tokens: a sequence of {t} is longer than model.max_len={self.config.max_len}')
+    start_BT = jnp.zeros((1, t), jnp.int32) if segments_BT is None else document_starts(segments_BT)
+    return self.run(tokens_BT, start_BT)[0]
+
+  def run(
+    self, tokens_BT: jax.Array, start_BT: jax.Array, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """(x_BTD, cache): T tokens after those in the cache; start: the first slot of each token's document."""
+    c = self.config
+    slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
+    x_BTD = ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype)
+    if c.positions == 'learned':
+      position_BT = jnp.maximum(slot_BT - start_BT, 0)  # negative in the padding before a row's start
+      x_BTD = x_BTD + ops.embed(self.weights['embed']['positions'], position_BT, 1.0, c.dtype)
+    places = _places(c, slot_BT, start_BT)
+    x_BTD, cache = _layers(c, self.weights['layers'], x_BTD, cache, places)
+    if cache is not None:
+      cache = cache._replace(used=cache.used + tokens_BT.shape[1])
+    return _norm(c, self.weights, 'final_norm', x_BTD), cache
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """x_...D -> float32 logits_...V, soft-cap included."""
+    table_VD = self.weights['embed']['tokens'] if self.config.tied else self.weights['head'].T
+    return ops.unembed(x, table_VD, self.config.softcap)
+
+
+def build(config: ModelConfig) -> Model:
+  """The decoder as pure functions of its parameters. ConfigError if the configuration is impossible."""
+  configs.check(config, 'model')
+  apply = functools.partial(Decoder.apply, Decoder(config))
+
+  def init(key: jax.Array) -> Params:
+    return Decoder(config).init(key, method=lambda decoder: decoder.weights)['params']
+
+  def hidden(params: Params, batch: Batch) -> jax.Array:
+    return apply({'params': params}, batch['inputs'], batch.get('segments'), method='hidden')
+
+  def head(params: Params, x: jax.Array) -> jax.Array:
+    return apply({'params': params}, x, method='head')
+
+  return Model(config, init, hidden, head)

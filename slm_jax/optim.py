@@ -1,0 +1,135 @@
+"""Optimisers and learning-rate schedules by optax, as functions of traced numbers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from slm_jax.config import require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  name: Literal['adamw', 'muon', 'adafactor'] = 'adamw'
+  learning_rate: float = 1e-3  # traced
+  schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'
+  warmup: int = 100  # steps
+  decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'
+  final: float = 0.1  # learning rate at the end, as a share of the peak
+  weight_decay: float = 0.1  # traced; matrices only: not norms, biases
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip: float = 1.0  # largest global norm of a gradient, traced; 0: no clipping
+
+  def check(self, key: str) -> None:
+    require(self.learning_rate > 0, f'{key}.learning_rate={self.learning_rate}: must be positive')
+    require(self.warmup >= 0, f'{key}.warmup={self.warmup}: must not be negative')
+    require(0 < self.decay <= 1, f'{key}.decay={self.decay}: must lie in (0, 1]')
+    require(0 <= self.final <= 1, f'{key}.final={self.final}: must lie in [0, 1]')
+    for name in ('b1', 'b2'):
+      require(0 <= getattr(self, name) < 1, f'{key}.{name}={getattr(self, name)}: must lie in [0, 1)')
+    require(self.eps > 0, f'{key}.eps={self.eps}: must be positive')
+    for name in ('clip', 'weight_decay'):
+      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
+
+
+class Optimizer(NamedTuple):
+  """An optax transformation as a function of traced numbers; its state's structure may not depend on them."""
+
+  hparams: Mapping[str, float]
+  make: Callable[[Mapping[str, jax.Array]], optax.GradientTransformation]
+  rate: Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]  # (hparams, step) -> learning rate, for the log
+
+
+def optimizer(config: OptimConfig, steps: int) -> Optimizer:
+  """Clipping, then the named optimiser with decoupled weight decay: w <- w - lr(t) * (direction + weight_decay * w)."""
+  shape = schedule(config, steps)
+
+  def learning_rate(hparams, count):
+    return hparams['optim.learning_rate'] * shape(count)
+
+  def make(hparams):
+    def rate(count):
+      return learning_rate(hparams, count)
+
+    decay, clip = hparams['optim.weight_decay'], hparams['optim.clip']
+    if config.name == 'adamw':
+      update = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decayed)
+    elif config.name == 'muon':
+      # consistent_rms=0.2 gives matrices and Adam's vectors one learning rate (Moonlight, arXiv 2502.16982).
+      update = optax.contrib.muon(
+        rate,
+        beta=config.b2,
+        eps=config.eps,
+        weight_decay=decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=decay,
+        weight_decay_mask=_decayed,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+      )
+    else:  # Adafactor's own decay is not multiplied by the learning rate: do so here
+      update = optax.adafactor(rate, weight_decay_rate=lambda count: rate(count) * decay, weight_decay_mask=_decayed)
+    return optax.chain(optax.clip_by_global_norm(jnp.where(clip > 0, clip, jnp.inf)), update)
+
+  names = ('learning_rate', 'weight_decay', 'clip')
+  return Optimizer({f'optim.{name}': getattr(config, name) for name in names}, make, learning_rate)
+
+
+def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+  """count -> learning rate as a share of its peak; count is 0 in the first step, which already learns.
+
+  Linear warm-up over `warmup` steps, times one of
+    constant  1
+    linear    1 - (1 - final) p                   p: share of the steps after warm-up
+    cosine    final + (1 - final)(1 + cos pi p)/2
+    wsd       1, then linear to `final` over the last `decay` of all steps (warm-up, stable, decay; arXiv 2404.06395)
+  """
+
+  def shape(count):
+    t = jnp.asarray(count, jnp.float32)
+    warm = jnp.minimum((t + 1) / max(config.warmup, 1), 1.0)
+    p = jnp.clip((t - config.warmup) / max(steps - config.warmup, 1), 0, 1)
+    tail = jnp.clip((t / steps - (1 - config.decay)) / config.decay, 0, 1)
+    drop = {
+      'constant': jnp.zeros_like(p),
+      'linear': p,
+      'cosine': (1 - jnp.cos(jnp.pi * p)) / 2,
+      'wsd': tail,
+    }[config.schedule]
+    return warm * (1 - (1 - config.final) * drop)
+
+  return shape
+
+
+def _decayed(params: Any) -> Any:
+  """True for matrices: everything but norms and biases, by name, since stacked layers add an axis to all of them."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
+
+
+def _matrices(params: Any) -> Any:
+  """Muon's view of the layers' weights: which axes are summed over, which are outputs; the layer axis is neither."""
+  out = optax.contrib.MuonDimensionNumbers
+  axes = {
+    'q': out((1,), (2, 3)),
+    'k': out((1,), (2, 3)),
+    'v': out((1,), (2, 3)),
+    'o': out((1, 2), (3,)),
+    'gate': out((1,), (2,)),
+    'up': out((1,), (2,)),
+    'down': out((1,), (2,)),
+  }
+
+  def of(path, _):
+    return axes.get(path[-1].key) if path[0].key == 'layers' else None
+
+  return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _is_vector(path: tuple[Any, ...]) -> bool:
+  return any('norm' in part.key or 'bias' in part.key for part in path)

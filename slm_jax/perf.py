@@ -1,0 +1,105 @@
+"""What the hardware can do, and what of it a run uses."""
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 peak, FLOP/s a chip, as published by the vendors.
+PEAK = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def peak_flops() -> tuple[float, str]:
+  """`(FLOP/s of all devices together, where the number is from)`. A device that is not in the table is measured."""
+  devices = jax.devices()
+  kind = devices[0].device_kind
+  if kind in PEAK:
+    return PEAK[kind] * len(devices), f'published bfloat16 peak of {kind}'
+  # The fake devices of one CPU share its cores, so their number does not enter.
+  return measured_matmul(), 'measured float32 matmul of this machine'
+
+
+@functools.cache
+def measured_matmul(n: int = 1024, seconds: float = 0.3) -> float:
+  """FLOP/s of the fastest of several n x n float32 matrix products."""
+  x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.devices()[0])
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  best, end = float('inf'), time.perf_counter() + seconds
+  while time.perf_counter() < end:
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best
+
+
+def cache_compilations(folder: Path) -> None:
+  """Keeps every compiled program in `folder`, so that the next arm, or the next launch, does not compile it again."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)  # small programs are what we have
+
+
+def keep_freed_memory() -> None:
+  """Makes glibc reuse the memory of a step's temporaries instead of returning it to the system after every step.
+
+  Otherwise each step on the CPU maps and faults in all of it anew: a third of the time of a small model's step.
+  Nothing happens where the C library has no mallopt.
+  """
+  mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+  with contextlib.suppress(OSError, AttributeError):
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((mmap_threshold, 2**31 - 1), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
+      libc.mallopt(parameter, value)
+
+
+def environment() -> dict[str, Any]:
+  """What a result was made with: code, packages, machine. Beside the result, never in its identity."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  devices = jax.devices()
+  return {
+    'git': _git(),
+    'packages': {name: _version(name) for name in packages},
+    'python': platform.python_version(),
+    'machine': platform.platform(),
+    'device_kind': devices[0].device_kind,
+    'devices': len(devices),
+    'processes': jax.process_count(),
+  }
+
+
+def _version(name: str) -> str:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return 'not installed'
+
+
+def _git() -> dict[str, Any]:
+  def run(*args: str) -> str:
+    return subprocess.run(('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+
+  try:
+    return {'commit': run('rev-parse', 'HEAD').strip(), 'dirty': bool(run('status', '--porcelain').strip())}
+  except (OSError, subprocess.CalledProcessError):
+    return {'commit': None, 'dirty': None}

@@ -1,0 +1,217 @@
+"""The heart: a training step is a value, and a feature is a function on it.
+
+    step = make_step(model, optimizer, chain(distill(...), prune(...), ema(...)))
+    state, metrics = jax.jit(step, donate_argnums=0)(state, batch, frozen)
+
+A `Transform` is to a training step what `optax.GradientTransformation` is to a gradient: a few pure functions and the
+slot they remember. Distillation, pruning, EMA, LoRA, quantisation are values of this one type; `chain` composes them;
+neither this file nor train.py knows any of them by name.
+
+Laws (tests/test_step.py): `chain()` compiles to the same program as no transform; `chain` is associative; slots are part
+of the state and are checkpointed; `frozen` (a teacher's parameters, say) is an argument and is not.
+
+Numbers that an ablation varies (learning rate, KD weight, sparsity) are traced: they live in `state.hparams`, so that
+arms which differ only there share one executable and can be trained by `jax.vmap(step)`.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from slm_jax import losses
+from slm_jax.losses import Terms
+from slm_jax.model.api import Batch, Model, Params
+from slm_jax.optim import Optimizer
+
+Slot = Any  # what one transform remembers; () if nothing
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes, and everything that a checkpoint holds."""
+
+  step: jax.Array  # int32; stays unmapped when arms are vmapped, so that lax.cond on it stays a branch
+  key: jax.Array
+  params: Params
+  opt_state: Any
+  slots: dict[str, Slot]  # by name of the transform
+  hparams: dict[str, jax.Array]  # traced float32 scalars
+
+
+class Context(NamedTuple):
+  """What every hook may read."""
+
+  step: jax.Array
+  key: jax.Array  # a fresh key for this step
+  hparams: Mapping[str, jax.Array]
+  frozen: Mapping[str, Any]
+
+
+class Update(NamedTuple):
+  """What `after` hooks are told about the step that was just taken."""
+
+  grads: Params
+  terms: Terms
+  batch: Batch
+  context: Context
+
+
+LossFn = Callable[[Params, jax.Array, Batch, Context], Terms]  # (viewed params, hidden_BTD, batch, context)
+TokenLossFn = Callable[[jax.Array, Batch, Context], Terms]  # (float32 logits of some tokens, their batch entries, context)
+
+
+class Transform(NamedTuple):
+  """Hooks around a training step; each defaults to the identity. A chain runs them from left to right.
+
+  init:       (key, params) -> slot
+  data:       (slot, params, batch, context) -> batch   before the gradient: teacher signals, rollouts, token weights
+  view:       (slot, params, context) -> params         what the forward pass sees: masked, quantised, LoRA-merged
+  token_loss: (slot, token_loss_fn) -> token_loss_fn    terms made of a chunk's logits; all share one pass over the head
+  loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
+  after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
+  final:      (slot, params) -> params                  what evaluation and export see
+  """
+
+  name: str
+  hparams: Mapping[str, float] = {}  # traced numbers the hooks read, by full name: {'ema.decay': 0.999}
+  init: Callable[[jax.Array, Params], Slot] = lambda key, params: ()
+  data: Callable[[Slot, Params, Batch, Context], Batch] = lambda slot, params, batch, context: batch
+  view: Callable[[Slot, Params, Context], Params] = lambda slot, params, context: params
+  token_loss: Callable[[Slot, TokenLossFn], TokenLossFn] = lambda slot, fn: fn
+  loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
+  after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
+  final: Callable[[Slot, Params], Params] = lambda slot, params: params
+  flops: float = 0.0  # that the hooks add to each trained token, for the books
+  parts: tuple['Transform', ...] = ()  # of a chain
+
+
+class Resources(NamedTuple):
+  """What the configuration of a transform may need to build it."""
+
+  steps: int  # of the whole run, for schedules
+  load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
+
+
+class TransformConfig:
+  """What an experiment file says of a transform: a frozen dataclass with a `kind` and a `build`."""
+
+  kind: ClassVar[str]
+
+  def build(self, resources: Resources) -> tuple['Transform', dict[str, Any]]:
+    """The transform, and its entries of `frozen`."""
+    raise NotImplementedError
+
+
+def chain(*transforms: Transform) -> Transform:
+  """One transform that runs the given ones from left to right. Its slot is `{name: slot}`, flat, so nesting is free."""
+  parts = tuple(p for t in transforms for p in (t.parts if t.name == 'chain' else (t,)))
+  names = [p.name for p in parts]
+  if len(set(names)) != len(names):
+    raise ValueError(f'chain: transform names must differ, got {", ".join(names)}')
+
+  def init(key, params):
+    # The key depends on the name, not on the place in the chain: adding a transform leaves the others' randomness alone.
+    return {p.name: p.init(jax.random.fold_in(key, zlib.crc32(p.name.encode())), params) for p in parts}
+
+  def data(slots, params, batch, context):
+    for p in parts:
+      batch = p.data(slots[p.name], params, batch, context)
+    return batch
+
+  def view(slots, params, context):
+    for p in parts:
+      params = p.view(slots[p.name], params, context)
+    return params
+
+  def token_loss(slots, fn):
+    for p in parts:
+      fn = p.token_loss(slots[p.name], fn)
+    return fn
+
+  def loss(slots, fn):
+    for p in parts:
+      fn = p.loss(slots[p.name], fn)
+    return fn
+
+  def after(slots, state, update):
+    slots = dict(slots)
+    for p in parts:
+      slots[p.name], state = p.after(slots[p.name], state, update)
+    return slots, state
+
+  def final(slots, params):
+    for p in parts:
+      params = p.final(slots[p.name], params)
+    return params
+
+  hparams = {k: v for p in parts for k, v in p.hparams.items()}
+  flops = sum(p.flops for p in parts)
+  return Transform('chain', hparams, init, data, view, token_loss, loss, after, final, flops, parts)
+
+
+def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: Transform = chain()) -> TrainState:
+  """The state before the first step. `params` are used as they are; `key` seeds the slots and all later randomness."""
+  transform = chain(transform)
+  hparams = {k: jnp.float32(v) for k, v in {**optimizer.hparams, **transform.hparams}.items()}
+  slot_key, step_key = jax.random.split(key)
+  return TrainState(
+    step=jnp.int32(0),
+    key=step_key,
+    params=params,
+    opt_state=optimizer.make(hparams).init(params),
+    slots=transform.init(slot_key, params),
+    hparams=hparams,
+  )
+
+
+def make_step(
+  model: Model,
+  optimizer: Optimizer,
+  transform: Transform = chain(),
+  *,
+  accumulate: int = 1,
+  z_loss: float = 0.0,
+  chunk: int = losses.CHUNK,
+) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+  """Returns the pure function `(state, batch, frozen) -> (state, metrics)`; jit it once, donate the state.
+
+  accumulate: the batch is split into so many parts along B, one after another; every term is normalised by its count
+    over the *whole* batch, so the result does not depend on the split, ragged masks included.
+  chunk: tokens whose logits exist at the same time.
+  Metrics: sum / count of every term; total (the objective), tokens (that counted), grad_norm, learning_rate.
+  """
+  transform = chain(transform)
+
+  def terms_of(params, slots, batch, context) -> Terms:
+    seen = transform.view(slots, params, context)
+    token_loss = transform.token_loss(slots, losses.cross_entropy(z_loss))
+
+    def base(params, hidden_BTD, batch, context):
+      return losses.over_chunks(token_loss, model.head, params, hidden_BTD, batch, context, chunk)
+
+    return transform.loss(slots, base)(seen, model.hidden(seen, batch), batch, context)
+
+  def step(state, batch, frozen):
+    context = Context(state.step, jax.random.fold_in(state.key, state.step), state.hparams, frozen)
+    batch = transform.data(state.slots, state.params, batch, context)
+    terms, grads = losses.gradient(
+      lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate
+    )
+    updates, opt_state = optimizer.make(state.hparams).update(grads, state.opt_state, state.params)
+    taken = state._replace(
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+    )
+    slots, taken = transform.after(state.slots, taken, Update(grads, terms, batch, context))
+    metrics = losses.means(terms) | {
+      'total': losses.objective(terms),
+      'tokens': terms['loss'].count,
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': optimizer.rate(state.hparams, state.step),
+    }
+    return taken._replace(slots=slots), metrics
+
+  return step

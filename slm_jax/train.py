@@ -1,0 +1,217 @@
+"""Training one arm, from its configuration to a finished model. Reads from top to bottom.
+
+    data -> model, optimiser, transforms -> one jitted step -> state (fresh, inherited or resumed) -> loop -> finish
+
+Nothing here knows a transform by name. What a run leaves behind, in WORKDIR/arms/<arm_id>/: config.json, run.json,
+metrics.jsonl, checkpoints/, model/, samples.json and DONE.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from slm_jax import config as configs
+from slm_jax import evaluate, metrics, perf, sharding
+from slm_jax.checkpoint import Checkpoints, load_model, save_model
+from slm_jax.config import ConfigError
+from slm_jax.data.dataset import Dataset, open_data
+from slm_jax.experiment import Config
+from slm_jax.files import write_json, write_text
+from slm_jax.ledger import Ledger, NotFinite
+from slm_jax.model import decoder
+from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.flops import flops_per_token, parameter_count
+from slm_jax.optim import optimizer
+from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Preemption
+from slm_jax.prune.cut import cut
+from slm_jax.step import Metrics, Resources, TrainState, chain, init_state, make_step
+
+Place = Callable[[Any], Any]  # host arrays -> device arrays
+
+
+class Job(NamedTuple):
+  """What does not change while an arm trains."""
+
+  config: Config
+  folder: Path
+  dataset: Dataset
+  step: Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]
+  frozen: Mapping[str, Any]
+  fresh: Callable[[], TrainState]
+  abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
+  final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
+  evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+  place: Place  # a batch onto the devices
+  flops: float  # a trained token, teachers included
+
+
+def run(config: Config, workdir: Path, arm_id: str) -> int:
+  """Trains the arm unless it is done. Returns 0 (done), 1 (failed for good) or 42 (preempted, state saved)."""
+  folder = workdir / 'arms' / arm_id
+  if (folder / 'DONE').exists():
+    return EXIT_DONE
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / 'config.json', configs.to_dict(config))
+  record = {'arm_id': arm_id, 'name': config.name, 'started': _now(), **perf.environment()}
+
+  def ended(status: str, code: int, **more: Any) -> int:
+    write_json(folder / 'run.json', {**record, 'status': status, 'ended': _now(), **more})
+    return code
+
+  write_json(folder / 'run.json', {**record, 'status': 'running'})
+  perf.cache_compilations(workdir / 'cache')
+  perf.keep_freed_memory()
+  try:
+    with Preemption() as stop:
+      with stop.at_once():  # nothing to lose yet
+        job = prepare(config, workdir, folder)
+      summary = train(job, stop, arm_id)
+  except Preempted:
+    return ended('preempted', EXIT_PREEMPTED)
+  except (NotFinite, ConfigError) as error:
+    logging.error('%s: %s', config.name or arm_id, error)
+    return ended('nan' if isinstance(error, NotFinite) else 'failed', EXIT_FAILED, error=str(error))
+  except Exception as error:
+    ended('failed', EXIT_FAILED, error=f'{type(error).__name__}: {error}')
+    raise
+  ended('done', EXIT_DONE, summary={**summary, **_cost_of_parents(config, workdir)})
+  write_text(folder / 'DONE', '')
+  return EXIT_DONE
+
+
+def prepare(config: Config, workdir: Path, folder: Path) -> Job:
+  """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
+  # ---- data
+  dataset = open_data(config.data, workdir / 'data', logging.info)
+  dataset.tokenizer.check_vocabulary(config.model.vocab_size)
+
+  # ---- devices
+  mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
+  sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
+
+  def load(arm_id: str) -> tuple[Model, Params]:
+    model_config, params, record = load_model(workdir / 'arms' / arm_id / 'model')
+    dataset.tokenizer.check_fingerprint(record['tokenizer'], f'arm {arm_id}')
+    return decoder.build(model_config), sharding.place(params, decoder.logical_axes(model_config), mesh)
+
+  # ---- model, optimiser, transforms -> step
+  model = decoder.build(config.model)
+  built = [spec.build(Resources(config.train.steps, load)) for spec in config.transforms]
+  transform = chain(*(part for part, _ in built))
+  frozen = {name: tree for _, its in built for name, tree in its.items()}
+  optim = optimizer(config.optim, config.train.steps)
+  options = {'accumulate': config.train.accumulate, 'z_loss': config.train.z_loss, 'chunk': config.train.loss_chunk}
+  step = make_step(model, optim, transform, **options)
+
+  # ---- state: shapes, layout on the devices, how to make a fresh one
+  init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
+  shapes = jax.eval_shape(lambda: init_state(state_key, model.init(init_key), optim, transform))
+  layout = sharding.shardings(shapes, decoder.logical_axes(config.model), mesh)
+
+  def fresh() -> TrainState:
+    if config.init.arm:
+      parent, params = load(config.init.arm)
+      params = cut(params, parent.config, config.model)
+    else:
+      params = jax.jit(model.init)(init_key)
+    return jax.jit(lambda key, p: init_state(key, p, optim, transform), out_shardings=layout)(state_key, params)
+
+  # ---- evaluation
+  final = jax.jit(lambda state: transform.final(state.slots, state.params))
+  eval_step = evaluate.make_eval_step(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk)
+  place = sharding.placer(mesh)
+
+  def evaluation(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
+    batches = dataset.valid_batches(config.data.batch_size, config.eval.sequences)
+    return evaluate.evaluate(eval_step, final(state), map(place, batches), poll)
+
+  return Job(
+    config=config,
+    folder=folder,
+    dataset=dataset,
+    step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+    frozen=frozen,
+    fresh=fresh,
+    abstract=sharding.abstract(shapes, layout),
+    final=final,
+    evaluate=evaluation,
+    place=place,
+    flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
+  )
+
+
+def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
+  """The loop. Returns the summary of a run that came to its end; raises Preempted with everything saved."""
+  config = job.config
+  steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
+  with Checkpoints(job.folder / 'checkpoints', config.run.keep, logging.warning) as checkpoints:
+    # ---- where were we?
+    state, record = checkpoints.latest(job.abstract) or (job.fresh(), {})
+    step = int(state.step)
+    sinks = metrics.sinks(config, job.folder, arm_id)
+    log = metrics.MetricLog(job.folder / 'metrics.jsonl', step, sinks, logging.warning)
+    ledger = Ledger(log, config, job.flops, step, record)
+
+    def save(loss: float | None = None) -> None:
+      ledger.settle()  # a state whose loss is not finite is never saved
+      with ledger.paused():
+        checkpoints.save(step, state, ledger.record(), loss)
+
+    # ---- the loop
+    try:
+      with jax.transfer_guard('disallow'), ledger, job.dataset.batches(step, config.run.prefetch, job.place) as batches:
+        while True:
+          best = None
+          if (step % config.eval.every == 0 or step == steps) and step not in log.evaluated:
+            ledger.settle()
+            with ledger.paused():
+              best = ledger.evaluated(step, job.evaluate(state, stop.check))  # the loss, if it is the lowest so far
+          if best is not None or step % checkpoint_every == 0 or step == steps:
+            save(best)
+          if step == steps:
+            break
+          stop.check()
+          state, measured = job.step(state, next(batches), job.frozen)
+          step += 1
+          ledger.add(step, measured)  # reads the step before this one: the device never waits for the host
+    except Preempted:
+      save()
+      raise
+    finally:
+      log.close()
+  return finish(job, state, {**log.evaluated[steps], **ledger.record()})
+
+
+def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[str, Any]:
+  """Writes the finished model and samples of its text; returns what goes into the results table."""
+  config, dataset = job.config, job.dataset
+  params = job.final(state)
+  save_model(job.folder / 'model', config.model, params, {'tokenizer': dataset.tokenizer.fingerprint})
+  write_json(job.folder / 'samples.json', evaluate.samples(config, params, dataset.tokenizer))
+  floor = dataset.floor(config.eval.sequences)
+  return {
+    **{k: results[k] for k in ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'ece', 'tokens', 'seconds')},
+    'floor': floor,
+    'gap': None if floor is None else results['loss'] - floor,
+    'flops': results['tokens'] * job.flops,
+    'parameters': parameter_count(config.model),
+    'steps': config.train.steps,
+  }
+
+
+def _cost_of_parents(config: Config, workdir: Path) -> dict[str, float]:
+  """FLOPs that went into the arms this one builds on: a teacher's training, and its own parents'."""
+  total = 0.0
+  for arm in {arm for _, arm in configs.arm_references(config)}:
+    summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
+    total += summary['flops'] + summary['parent_flops']
+  return {'parent_flops': total}
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -1,0 +1,15 @@
+"""All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_promotion():
+  with jax.numpy_rank_promotion('raise'):
+    yield

@@ -1,0 +1,361 @@
+"""The command line: what is refused, what is shown, what is written, and what is not."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import FakeTrain, experiment
+
+import launch.cli
+from launch import report as report_command
+from slm_jax.ablate import workdir
+from slm_jax.ablate.arms import expand
+from slm_jax.ablate.sweep import product, seeds
+from slm_jax.distill.online import Distill
+
+REPO = Path(__file__).parents[2]
+LR = [{'optim.learning_rate': 2e-3}, {'optim.learning_rate': 3e-3}]
+METHODS = list(
+  product(
+    seeds(2),
+    [
+      {'name': 'teacher', 'model.n_layers': 3},
+      {'name': 'scratch'},
+      {'name': 'distilled', 'transforms': (Distill('teacher'),)},
+    ],
+  )
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def start(capsys):
+  """Runs a command line: `(exit code, stdout, stderr)`."""
+
+  def run(module, *argv, train=None):
+    with pytest.raises(SystemExit) as end:
+      launch.cli.main(module, argv, train=train)
+    return end.value.code, *capsys.readouterr()
+
+  return run
+
+
+def tree(path: Path) -> dict:
+  return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in path.rglob('*')}
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+  'argv, words',
+  [
+    (['--lunch=local'], ['lunch', 'launch']),
+    (['--sweep'], ['sweep']),
+    (['--launch=cloud'], ['--launch=cloud', 'local']),
+    (['--dry_run=maybe'], ['--dry_run=maybe']),
+    (['stray'], ["'stray'", '--config.KEY=VALUE']),
+    (['--config.optim.lr=1'], ['--config.optim.lr', 'unknown key', 'learning_rate']),
+    (['--config.seed=x'], ["--config.seed='x'", 'expected int']),
+    (['--config.seed'], ['--config.seed', 'needs a value']),
+    (['--config.seed', '--dry_run'], ['--config.seed', 'needs a value']),
+    (['--sweep=lr', '--config.model.n_kv_heads=3'], ['config.model.n_heads=4', 'n_kv_heads=3']),
+    (['--sweep=lr', '--config.data.seq_len=9999'], ['config.data.seq_len=9999', 'max_len']),
+    (['--config.model=gtp2'], ["--config.model='gtp2'", 'gpt2']),
+    (['--sweep=lr', '--config.data.sources=nowhere.txt'], ['data.sources', 'nowhere.txt']),
+    (['--sweep=other'], ['--sweep=other', 'lr, methods, none']),
+    ([], ['--sweep', 'lr, methods']),
+    (['--sweep=methods', '--arm=123'], ['--arm=123', '6 arms']),
+    (['--sweep=lr', '--workdir=gs://bucket/x'], ['--workdir=gs:/', 'local']),
+    (['--sweep=lr', '--workdir=a_file'], ['--workdir=a_file', 'not a folder']),
+    (['--sweep=lr', '--workdir=of_another'], ['--workdir=of_another', "'another'", "'tiny'"]),
+    (['--sweep=lr', '--workdir=a_file/below'], ['a_file']),
+  ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
+  (tmp_path / 'a_file').touch()
+  (tmp_path / 'of_another').mkdir()
+  workdir.write_experiment(tmp_path / 'of_another', workdir.Experiment('another'))
+  before, train = tree(tmp_path), FakeTrain()
+  code, _, error = start(experiment(sweep_lr=LR, sweep_methods=METHODS), *argv, train=train)
+  assert code == 1
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert error.endswith('\n')
+  for word in words:
+    assert word in error
+  assert tree(tmp_path) == before
+  assert train.called == []
+
+
+def test_an_arm_whose_parent_is_missing_is_refused(start, tmp_path):
+  module, train = experiment(sweep=METHODS), FakeTrain()
+  child = next(arm for arm in expand(module) if arm.parents)
+  (parent,) = child.parents.values()
+  code, _, error = start(module, f'--arm={child.arm_id}', train=train)
+  assert code == 1
+  assert f'builds on {parent}, which is not done' in error
+  assert error.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+  assert train.called == []
+
+
+def test_a_bug_in_an_experiment_is_a_traceback(start):
+  def sweep():
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    launch.cli.main(experiment(sweep=sweep), [])
+
+
+def test_a_disk_that_refuses_is_one_line(start, tmp_path, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device', 'runs/tiny/experiment.json')
+
+  monkeypatch.setattr('slm_jax.ablate.workdir.write_json', full)
+  code, _, error = start(experiment(sweep=LR), train=FakeTrain())
+  assert (code, error) == (1, 'error: runs/tiny/experiment.json: No space left on device\n')
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+@pytest.mark.parametrize('done', [False, True])
+def test_dry_run_shows_all_and_writes_nothing(start, tmp_path, done):
+  module, train = experiment(sweep=METHODS), FakeTrain()
+  if done:
+    start(module, train=train)
+  before, trained = tree(tmp_path), len(train.called)
+  code, out, error = start(module, '--dry_run', '--config.run.log_every=3', train=train)
+  assert (code, error) == (0, '')
+  assert tree(tmp_path) == before
+  assert len(train.called) == trained
+  rows = [line for line in out.split('\n') if line.startswith('done' if done else 'missing')]
+  assert len(rows) == 6
+  assert 'model.n_layers=3' in rows[0]
+  assert 'teacher' in rows[2].split()
+  assert 'estimate' in out
+  assert f'6 arms, {0 if done else 6} to run' in out
+  commands = [shlex.split(line) for line in out.split('\n') if line.startswith('python ')]
+  assert len(commands) == 6
+  assert all('--config.run.log_every=3' in words for words in commands)
+
+
+def test_help_names_question_flags_sweeps_and_settings(start, tmp_path):
+  code, out, _ = start(experiment(doc='Is it so?', sweep_lr=LR), '--help')
+  assert code == 0
+  assert out.startswith('Is it so?')
+  for text in ('--dry_run', '--workdir', 'runs/tiny', '\n  lr\n', '--config.optim.learning_rate=0.001'):
+    assert text in out
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'argv, remark',
+  [
+    (['--sweep=lr', '--config.optim.learning_rate=9'], '--config.optim.learning_rate has no effect'),
+    (['--sweep=lr'], "BASELINE 'scratch' is not in this sweep; the others are compared with 'learning_rate=0.002'"),
+    (['--sweep=twice'], "'one' and 'two' are the same arm, run once"),
+  ],
+)
+def test_surprises_are_told(start, argv, remark):
+  twice = [{'name': 'one', 'train.steps': 3}, {'name': 'two', 'train.steps': 3}]
+  code, out, _ = start(experiment(sweep_lr=LR, sweep_twice=twice, BASELINE='scratch'), *argv, '--dry_run')
+  assert code == 0
+  assert remark in out
+
+
+def test_both_forms_of_an_override(start):
+  found = launch.cli.split_overrides(['--config.a.b=1=2', '--x', '--config.c', '-3', '-config.d=', '--y=config.z'])
+  assert found == ({'a.b': '1=2', 'c': '-3', 'd': ''}, ['--x', '--y=config.z'])
+
+
+# --------------------------------------------------------------------------------------------------------- launches
+
+
+def test_a_launch_runs_reports_and_is_not_run_again(start, tmp_path):
+  module, train = experiment(sweep=METHODS, BASELINE='scratch'), FakeTrain({'distilled': 1.2})
+  code, out, error = start(module, train=train)
+  assert (code, error) == (0, '')
+  assert len(train.called) == 6
+  assert 'better by 0.30000' in out
+  assert 'baseline' in out
+  where = tmp_path / 'runs/tiny'
+  assert {'results.csv', 'report.html', 'experiment.json'} <= {p.name for p in where.iterdir()}
+  before = tree(where)
+  code, out, _ = start(module, train=train)
+  assert code == 0
+  assert 'all 6 arms are done; nothing to do' in out
+  assert 'better by 0.30000' in out
+  assert tree(where) == before
+  assert len(train.called) == 6
+
+
+def test_a_failed_arm_gives_exit_code_1_and_a_report_of_the_others(start, tmp_path):
+  code, out, _ = start(experiment(sweep=METHODS), train=FakeTrain(teacher=1))
+  assert code == 1
+  assert 'blocked' in out
+  assert (tmp_path / 'runs/tiny/report.html').exists()
+
+
+def test_a_preempted_launch_exits_42_and_the_next_one_goes_on(start):
+  module = experiment(sweep=METHODS)
+  assert start(module, train=FakeTrain(scratch=42))[0] == 42
+  train = FakeTrain()
+  code, out, _ = start(module, train=train)
+  assert code == 0
+  assert len(train.called) == 5
+  assert '6 arms in runs/tiny, 1 done, 5 to run' in out
+
+
+def test_a_report_that_was_cut_off_is_made_by_the_next_launch(start, tmp_path):
+  module, train = experiment(sweep=LR), FakeTrain()
+  start(module, train=train)
+  (tmp_path / 'runs/tiny/report.html').unlink()
+  assert start(module, train=train)[0] == 0
+  assert (tmp_path / 'runs/tiny/report.html').exists()
+  assert len(train.called) == 2
+
+
+def test_another_sweep_of_the_workdir_gets_its_own_report_and_the_csv_has_both(start, tmp_path):
+  module = experiment(sweep_lr=LR, sweep_methods=METHODS)
+  start(module, '--sweep=lr', train=FakeTrain())
+  _, out, _ = start(module, '--sweep=methods', train=FakeTrain())
+  assert 'and 2 arms of earlier launches in results.csv' in out
+  assert len((tmp_path / 'runs/tiny/results.csv').read_text().strip().split('\n')) == 1 + 8
+  page = (tmp_path / 'runs/tiny/report.html').read_text()
+  assert 'distilled' in page
+  assert 'learning_rate=0.002' not in page
+
+
+def test_the_experiments_own_words_are_the_answer(start, tmp_path):
+  def report(rows):
+    return f'{len(rows)} arms, best {min(rows, key=lambda row: row.summary["loss"]).name}'
+
+  module = experiment(sweep=METHODS, report=report)
+  _, out, _ = start(module, train=FakeTrain({'distilled': 1.2}))
+  assert '6 arms, best distilled' in out
+  assert '6 arms, best distilled' in (tmp_path / 'runs/tiny/report.html').read_text()
+  assert '6 arms, best distilled' in start(module)[1]
+
+
+def test_a_bug_in_those_words_loses_nothing(start, tmp_path):
+  module = experiment(sweep=LR, report=lambda rows: rows[0].summary['no such metric'])
+  with pytest.raises(KeyError):
+    launch.cli.main(module, [], train=FakeTrain())
+  assert (tmp_path / 'runs/tiny/results.csv').exists()
+  assert (tmp_path / 'runs/tiny/report.html').exists()
+  module.report = lambda rows: 'mended'
+  assert 'mended' in start(module)[1]
+
+
+def test_an_arm_can_be_run_by_itself_with_the_command_that_is_shown(start, tmp_path):
+  module, train = experiment(sweep=METHODS), FakeTrain()
+  _, out, _ = start(module, '--dry_run', '--config.train.steps=9')
+  for command in [line for line in out.split('\n') if line.startswith('python ')][:3]:
+    assert start(module, *shlex.split(command)[2:], train=train)[0] == 0
+  assert train.called == [('teacher', 0), ('scratch', 0), ('distilled', 0)]
+  code, out, _ = start(module, '--config.train.steps=9', train=train)
+  assert code == 0
+  assert '6 arms in runs/tiny, 3 done, 3 to run' in out
+
+
+def test_two_launches_at_once_are_refused_by_one_line(start, tmp_path):
+  where = tmp_path / 'runs/tiny'
+  with workdir.lock(where):
+    code, _, error = start(experiment(sweep=LR), train=FakeTrain())
+  assert code == 1
+  assert f'process {os.getpid()}' in error
+  assert error.count('\n') == 1
+  assert not (where / 'arms').exists()
+
+
+# ---------------------------------------------------------------------------------------------------- launch.report
+
+
+def test_report_command_makes_the_page_anew(start, tmp_path, capsys):
+  module = experiment(sweep_lr=LR, sweep_methods=METHODS)
+  for sweep in ('lr', 'methods'):
+    start(module, f'--sweep={sweep}', train=FakeTrain())
+  page = tmp_path / 'runs/tiny/report.html'
+  page.unlink()
+  assert report_command.main(['runs/tiny']) == 0
+  assert 'learning_rate=0.002' not in page.read_text()
+  assert report_command.main(['runs/tiny', '--all']) == 0
+  assert 'learning_rate=0.002' in page.read_text()
+
+
+@pytest.mark.parametrize('argv', [[], ['a', 'b'], ['--al'], ['nowhere']])
+def test_report_command_refuses_in_one_line(argv, capsys):
+  assert report_command.main(argv) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+
+
+# ------------------------------------------------------------------------------------------------- real processes
+
+TINY = """
+'''Is a real process as good as the tests think?'''
+import sys
+
+import launch
+from fakes import FakeTrain
+from slm_jax.experiment import Config
+
+
+def config():
+  return Config()
+
+
+def sweep():
+  yield {'name': 'one'}
+  yield {'name': 'two', 'init.arm': 'one'}
+
+
+if __name__ == '__main__':
+  try:
+    launch.main(train=FakeTrain())
+  finally:
+    heavy = {'matplotlib', 'jinja2', 'transformers', 'torch', 'slm_jax.train'} & sys.modules.keys()
+    print('imported:', *sorted(heavy))
+"""
+
+
+def test_an_experiment_file_as_a_process(tmp_path):
+  (tmp_path / 'tiny.py').write_text(TINY)
+  env = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join([*map(str, (REPO, REPO / 'tests')), os.environ.get('PYTHONPATH', '')]),
+  }
+
+  def run(*argv):
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, cwd=tmp_path)
+    return done.returncode, done.stdout, done.stderr, time.perf_counter() - began
+
+  code, out, error, _ = run('-m', 'tiny', '--config.sede=3')
+  assert code == 1
+  assert error.count('\n') == 1
+  assert "did you mean 'seed'?" in error
+  assert out == 'imported:\n'
+  assert not (tmp_path / 'runs').exists()
+  code, out, error, _ = run('-m', 'tiny')
+  assert (code, error) == (0, '')
+  assert (tmp_path / 'runs/tiny/report.html').exists()
+  code, out, error, seconds = run('-m', 'tiny')
+  assert code == 0
+  assert 'all 2 arms are done; nothing to do' in out
+  assert out.endswith('imported:\n')
+  assert seconds < 10
+  code, out, error, _ = run('-m', 'launch.report', 'runs/tiny')
+  assert (code, error) == (0, '')
+  assert 'two' in out

@@ -1,0 +1,200 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: by kill -9, by SIGTERM in every phase, after damage."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from slm_jax import checkpoint, evaluate, losses, metrics, train
+from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+
+TIMES = ('seconds', 'tokens_per_second', 'mfu')  # the only things that may differ
+
+
+def results(workdir: Path):
+  """(metrics without times, the final parameters' checksum)."""
+  lines = [
+    {k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(tiny.arm(workdir) / 'metrics.jsonl')
+  ]
+  return lines, json.loads((tiny.arm(workdir) / 'model' / 'model.json').read_text())['checksum']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  return workdir
+
+
+def seeded(uninterrupted, tmp_path) -> Path:
+  """A new workdir that has the data and the compiled programs already."""
+  for name in ('data', 'cache'):
+    if (uninterrupted / name).exists():
+      shutil.copytree(uninterrupted / name, tmp_path / name)
+  return tmp_path
+
+
+def test_a_finished_arm_is_not_run_again(uninterrupted):
+  before = (tiny.arm(uninterrupted) / 'run.json').stat().st_mtime_ns
+  assert train.run(tiny.config(), uninterrupted, 'tiny') == EXIT_DONE
+  assert (tiny.arm(uninterrupted) / 'run.json').stat().st_mtime_ns == before
+
+
+def test_kill_9_at_twenty_random_moments(tmp_path):
+  """From import to the last write; each life gets a little further, and the end is the same."""
+  steps = 400
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+
+  def start(workdir):
+    command = [sys.executable, str(Path(__file__).parent / 'tiny.py'), str(workdir), str(steps)]
+    environment = {**os.environ, 'XLA_FLAGS': ''}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+  began = time.monotonic()
+  assert start(whole).wait(timeout=300) == EXIT_DONE
+  life = time.monotonic() - began
+  shutil.copytree(whole / 'cache', killed / 'cache')  # compiling again each time would test nothing
+
+  rng, kills = random.Random(0), 0
+  for _ in range(100):
+    process = start(killed)
+    try:
+      # The first half of the kills falls anywhere in a life, the rest later and later so that the run comes to an end.
+      process.wait(timeout=rng.uniform(0.02, 0.8 if kills < 12 else 1.5) * life)
+    except subprocess.TimeoutExpired:
+      if kills < 20:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        continue
+      assert process.wait(timeout=300) == EXIT_DONE
+    else:
+      assert process.returncode == EXIT_DONE
+    if kills >= 20:
+      break
+    assert results(killed) == results(whole)
+    shutil.rmtree(tiny.arm(killed))  # done too soon: from the start
+  assert kills >= 20
+  assert results(killed) == results(whole)
+
+
+def terminate_when(monkeypatch, target, name, nth=1):
+  """Sends SIGTERM to this process when `target.name` is called for the n-th time."""
+  original, calls = getattr(target, name), []
+
+  def wrapper(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == nth:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(target, name, wrapper)
+
+
+PHASES = {
+  'data': (train, 'open_data', 1),
+  'compile': (losses, 'gradient', 1),  # called while the step is traced
+  'eval': (evaluate, 'evaluate', 2),
+  'save': (checkpoint.Checkpoints, 'save', 2),
+}
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_sigterm_in_every_phase_saves_and_exits_42(phase, uninterrupted, tmp_path, monkeypatch):
+  workdir = seeded(uninterrupted, tmp_path)
+  with monkeypatch.context() as patch:
+    terminate_when(patch, *PHASES[phase])
+    assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
+  assert json.loads((tiny.arm(workdir) / 'run.json').read_text())['status'] == 'preempted'
+  assert not (tiny.arm(workdir) / 'DONE').exists()
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert results(workdir) == results(uninterrupted)
+
+
+def test_sigterm_while_the_finished_model_is_written_lets_it_finish(uninterrupted, tmp_path, monkeypatch):
+  workdir = seeded(uninterrupted, tmp_path)
+  with monkeypatch.context() as patch:
+    terminate_when(patch, train, 'save_model')
+    assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert results(workdir) == results(uninterrupted)
+
+
+def stop_at_step(monkeypatch, step):
+  """A run that is preempted when it evaluates at `step`."""
+  terminate_when(monkeypatch, evaluate, 'evaluate', step // 10 + 1)
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip', 'delete'])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, uninterrupted, tmp_path, monkeypatch):
+  workdir = seeded(uninterrupted, tmp_path)
+  with monkeypatch.context() as patch:
+    stop_at_step(patch, 30)
+    assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
+  newest = max((tiny.arm(workdir) / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name))
+  for path in [p for p in (newest / 'state').rglob('*') if p.is_file()]:
+    if damage == 'truncate':
+      os.truncate(path, path.stat().st_size // 2)
+    elif damage == 'delete':
+      path.unlink()
+    elif path.parent.name == 'd':  # one bit of the arrays themselves
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 1
+      path.write_bytes(data)
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert (tiny.arm(workdir) / 'damaged' / f'checkpoints-{newest.name}').exists()
+  assert results(workdir) == results(uninterrupted)
+
+
+def test_nan_stops_the_arm_and_keeps_the_last_good_checkpoint(uninterrupted, tmp_path, monkeypatch):
+  workdir = seeded(uninterrupted, tmp_path)
+  original = train.make_step
+
+  def explodes(*args, **kwargs):
+    step = original(*args, **kwargs)
+
+    def bad(state, batch, frozen):
+      state, measured = step(state, batch, frozen)
+      return state, {**measured, 'total': jnp.where(state.step == 17, jnp.nan, measured['total'])}
+
+    return bad
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'make_step', explodes)
+    assert train.run(tiny.config(), workdir, 'tiny') == EXIT_FAILED
+  record = json.loads((tiny.arm(workdir) / 'run.json').read_text())
+  assert record['status'] == 'nan'
+  assert record['error'].startswith('step 17: total not finite')
+  saved = sorted(int(p.name) for p in (tiny.arm(workdir) / 'checkpoints').glob('[0-9]*'))
+  assert saved[-1] == 15
+  lines = list(metrics.read(tiny.arm(workdir) / 'metrics.jsonl'))
+  assert lines[-1]['step'] == 17
+  assert lines[-1]['total'] is None
+
+
+def test_disk_full_is_one_line_and_a_larger_disk_goes_on(uninterrupted, tmp_path, capfd):
+  """On a real file system that is too small."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1200k', 'none', str(disk)], capture_output=True, check=False)
+  if mount.returncode:
+    pytest.skip('mounting a small file system needs root')
+  try:
+    shutil.copytree(uninterrupted / 'data', disk / 'data')
+    assert train.run(tiny.config(), disk, 'tiny') == EXIT_FAILED
+    record = json.loads((tiny.arm(disk) / 'run.json').read_text())
+    assert 'disk full' in record['error']
+    assert '\n' not in record['error']
+    subprocess.run(['mount', '-o', 'remount,size=100m', str(disk)], check=True)
+    assert train.run(tiny.config(), disk, 'tiny') == EXIT_DONE
+    assert results(disk) == results(uninterrupted)
+  finally:
+    subprocess.run(['umount', str(disk)], check=True)

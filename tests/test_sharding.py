@@ -1,0 +1,112 @@
+"""One table of axes: the same run on one and on eight devices, whatever the mesh."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from slm_jax import sharding
+from slm_jax.config import ConfigError
+from slm_jax.distill.online import distill
+from slm_jax.ema import ema
+from slm_jax.model import decoder
+from slm_jax.model.config import ModelConfig
+from slm_jax.optim import OptimConfig, optimizer
+from slm_jax.prune.magnitude import prune
+from slm_jax.step import chain, init_state, make_step
+
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=32, unroll=1)
+BIG = ModelConfig(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=64, max_len=32, unroll=1)
+MODEL, TEACHER = decoder.build(CONFIG), decoder.build(BIG)
+
+
+def batch(step):
+  rng = np.random.default_rng(step)
+  tokens = rng.integers(0, 64, (16, 17)).astype(np.int32)
+  segments = np.cumsum(rng.random((16, 17)) < 0.1, axis=1).astype(np.int32) + 1
+  same = (segments[:, 1:] == segments[:, :-1]).astype(np.float32)
+  return {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': segments[:, :-1], 'mask': same}
+
+
+def losses(mesh, steps=8, **options):
+  optim = optimizer(OptimConfig(learning_rate=1e-2, warmup=2), steps)
+  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 'global', 2, 6, 2), ema(0.9))
+  axes = decoder.logical_axes(CONFIG)
+
+  def fresh():
+    return init_state(jax.random.PRNGKey(1), MODEL.init(jax.random.PRNGKey(0)), optim, transform)
+
+  layout = sharding.shardings(jax.eval_shape(fresh), axes, mesh)
+  state = jax.jit(fresh, out_shardings=layout)()
+  teacher = sharding.place(TEACHER.init(jax.random.PRNGKey(5)), decoder.logical_axes(BIG), mesh)
+  step = jax.jit(make_step(MODEL, optim, transform, **options), donate_argnums=0, out_shardings=(layout, None))
+  put, out = sharding.placer(mesh), []
+  for i in range(steps):
+    state, metrics = step(state, put(batch(i)), {'teacher': teacher})
+    out.append((float(metrics['loss']), float(metrics['distill']), float(metrics['density'])))
+  return np.array(out), state
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return losses(sharding.make_mesh(devices=jax.devices()[:1]))[0]
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)])
+def test_every_mesh_gives_the_losses_of_one_device(shape, one_device):
+  """Distilling and pruning included; the masks come out equal, so the density does too."""
+  ours, state = losses(sharding.make_mesh(*shape))
+  np.testing.assert_allclose(ours, one_device, rtol=1e-5)
+  used = {axis for axis in state.params['layers']['up'].sharding.spec if axis}
+  assert used == {name for name, size in zip(sharding.AXES[1:], shape[1:], strict=True) if size > 1}
+
+
+def test_accumulation_on_a_mesh(one_device):
+  ours, _ = losses(sharding.make_mesh(4, 2, 1), accumulate=2, chunk=64)
+  np.testing.assert_allclose(ours, one_device, rtol=1e-5)
+
+
+def test_moments_masks_and_averages_lie_like_their_parameters():
+  mesh = sharding.make_mesh(1, 4, 2)
+  _, state = losses(mesh, steps=1)
+  up = state.params['layers']['up'].sharding
+  assert up.spec == PartitionSpec(None, 'fsdp', 'tensor')
+  moments = [s for s in jax.tree.leaves(state.opt_state) if s.shape == state.params['layers']['up'].shape]
+  places = [m.sharding for m in moments]
+  places += [state.slots[name]['layers']['up'].sharding for name in ('prune', 'ema')]
+  assert len(places) >= 4
+  assert all(place.is_equivalent_to(up, 3) for place in places)
+
+
+@pytest.mark.parametrize(
+  'call,message',
+  [
+    (lambda: sharding.make_mesh(3, 1, 1), '3 x 1 x 1 is not the 8 devices'),
+    (lambda: sharding.make_mesh(0, 3, 1), '3 does not divide the 8 devices'),
+    (lambda: sharding.check_batch(sharding.make_mesh(), 12, 1), 'batch_size=12: not divisible by .* 8 data-parallel'),
+    (lambda: sharding.check_batch(sharding.make_mesh(), 8, 2), 'accumulate=2 x 8'),
+    (
+      lambda: sharding.shardings(
+        jax.eval_shape(MODEL.init, jax.random.PRNGKey(0)), decoder.logical_axes(CONFIG), sharding.make_mesh(1, 1, 8)
+      ),
+      "axis 'kv_heads' of size 2 does not split over 8|axis 'heads' of size 4",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_one_line(call, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    call()
+  assert '\n' not in str(error.value)
+
+
+def test_no_model_code_mentions_devices():
+  """`NamedSharding` on the arguments of the step, and nowhere below."""
+  from pathlib import Path
+
+  import slm_jax
+
+  root = Path(slm_jax.__file__).parent
+  for path in [*root.glob('model/*.py'), root / 'losses.py', root / 'step.py', root / 'optim.py']:
+    text = path.read_text()
+    assert 'NamedSharding' not in text, path
+    assert 'with_sharding_constraint' not in text, path

@@ -1,0 +1,42 @@
+"""The smallest model that has everything a step needs: embedding, one stacked 'layer', head. For laws about steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm_jax.model.api import Model
+from slm_jax.model.config import ModelConfig
+
+
+def toy_model(vocab: int = 11, width: int = 8, layers: int = 2) -> Model:
+  config = ModelConfig(vocab_size=vocab, d_model=width, n_layers=layers, d_ff=width, head_dim=4, n_heads=2, n_kv_heads=2)
+
+  def init(key):
+    a, b, c = jax.random.split(key, 3)
+    return {
+      'embed': {'tokens': jax.random.normal(a, (vocab, width))},
+      'layers': {'up': jax.random.normal(b, (layers, width, width)) * 0.3},
+      'head': jax.random.normal(c, (width, vocab)) * 0.3,
+    }
+
+  def hidden(params, batch):
+    x = params['embed']['tokens'][batch['inputs']]
+    for w in params['layers']['up']:
+      x = x + jnp.tanh(x @ w)
+    return x
+
+  def head(params, x):
+    return x @ params['head']
+
+  return Model(config, init, hidden, head)
+
+
+def toy_batch(seed: int = 0, b: int = 8, t: int = 6, vocab: int = 11):
+  """Random tokens with a ragged mask."""
+  rng = np.random.default_rng(seed)
+  return {
+    'inputs': jnp.asarray(rng.integers(0, vocab, (b, t)), jnp.int32),
+    'targets': jnp.asarray(rng.integers(0, vocab, (b, t)), jnp.int32),
+    'segments': jnp.ones((b, t), jnp.int32),
+    'mask': jnp.asarray(rng.random((b, t)) < 0.6, jnp.float32),
+  }
