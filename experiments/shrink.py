@@ -8,10 +8,10 @@ each see the same tokens in the same order:
     pruned             cut out of the teacher (every other layer, the strongest feed-forward channels), next-token loss
     pruned+distilled   both
 
-Expected, written before the run: pruned+distilled <= pruned < distilled < scratch in held-out loss, since a cut model
-starts from what the teacher knows (Minitron, arXiv 2407.14679, reports pruning plus distillation ahead of training from
-scratch at a fraction of the tokens; Hinton et al., arXiv 1503.02531, distillation ahead of plain training). The teacher's
-own training is not in the students' tokens or FLOPs; the report has it as a column.
+Expected, written before the run: pruned+distilled <= pruned < distilled < scratch in held-out loss. A cut model starts
+from what the teacher knows: Minitron (arXiv 2407.14679) reports pruning plus distillation ahead of training from scratch
+at a fraction of the tokens; Hinton et al. (arXiv 1503.02531) distillation ahead of plain training. The teacher's own
+training is not in the students' tokens; its FLOPs stand in results.csv (parent_flops).
 
     make quickstart                                                  # the embedded stories: minutes on two cores
     python -m experiments.shrink --config.data.sources=FILE_OR_FOLDER --workdir=runs/shrink_text
@@ -35,7 +35,9 @@ SEEDS = 3
 def config() -> Config:
   """The student; the teacher is twice as deep and wide in its feed-forward blocks, and trained for longer."""
   return Config(
-    model=ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, max_len=256),
+    model=ModelConfig(
+      vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, max_len=256
+    ),
     data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=128, packing='whole', batch_size=32),
     optim=OptimConfig(learning_rate=4e-3, warmup=30),
     train=TrainConfig(steps=300),

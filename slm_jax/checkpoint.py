@@ -36,7 +36,9 @@ class Checkpoints:
         preservation_policy=policies.AnyPreservationPolicy(
           [
             policies.LatestN(keep),
-            policies.BestN(get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False),
+            policies.BestN(
+              get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            ),
           ]
         ),
       ),
@@ -115,7 +117,9 @@ class _disk_errors:
     seen = error
     while seen is not None:
       if getattr(seen, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(seen):
-        raise ConfigError(f'{self._folder}: disk full; the checkpoint was not written, the one before it is intact') from error
+        raise ConfigError(
+          f'{self._folder}: disk full; the checkpoint was not written, the one before it is intact'
+        ) from error
       seen = seen.__cause__ or seen.__context__
 
 
@@ -127,7 +131,9 @@ def save_model(folder: Path, config: ModelConfig, params: Params, record: dict[s
   with _disk_errors(folder), ocp.StandardCheckpointer() as writer:
     writer.save(folder.absolute() / 'params', params, force=True)
     writer.wait_until_finished()
-  write_json(folder / 'model.json', {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))})
+  write_json(
+    folder / 'model.json', {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))}
+  )
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, Params, dict[str, Any]]:

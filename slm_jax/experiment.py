@@ -4,7 +4,6 @@ Each section stands beside the code that reads it; this module only puts them to
 """
 
 import dataclasses
-from typing import Literal
 
 from slm_jax.config import require, setting
 from slm_jax.data.config import DataConfig
@@ -44,7 +43,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-  """Where the parameters come from: an initialiser, or another arm's trained ones, cut to this arm's model if smaller."""
+  """Where the parameters come from: an initialiser, or another arm's, cut to the size of this arm's model."""
 
   arm: str = setting('', arm=True)
 

@@ -36,7 +36,12 @@ class Ledger:
     self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
     self._compiled = False  # the first step compiles, and does not count for the speed
     self._bar = tqdm(
-      total=config.train.steps, initial=step, desc=config.name, disable=not sys.stderr.isatty(), leave=False, unit='step'
+      total=config.train.steps,
+      initial=step,
+      desc=config.name,
+      disable=not sys.stderr.isatty(),
+      leave=False,
+      unit='step',
     )
 
   def __enter__(self) -> 'Ledger':

@@ -20,7 +20,7 @@ class Term(NamedTuple):
   """
 
   sum: jax.Array
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody asks a term for
   weight: jax.Array | float = 1.0
 
 
@@ -28,7 +28,7 @@ Terms = dict[str, Term]
 
 
 def objective(terms: Terms, counts: dict[str, jax.Array] | None = None) -> jax.Array:
-  """sum_k weight_k * sum_k / count_k; `counts` overrides the terms' own (those of the whole batch, for a part of it)."""
+  """sum_k weight_k * sum_k / count_k; `counts` override the terms' own (a whole batch's, for a part of it)."""
   total = jnp.float32(0)
   for name, term in terms.items():
     count = term.count if counts is None else counts[name]

@@ -27,7 +27,7 @@ class MetricLog:
   """Appends to metrics.jsonl, each line flushed, and passes every record on to the sinks."""
 
   def __init__(self, path: Path, step: int, sinks: tuple[Sink, ...], warn: Callable[[str], None]):
-    """Lines of steps after `step` (a run that is resumed from there) are dropped: they are about to be written again."""
+    """Lines of steps after `step`, from which a run goes on, are dropped: they are about to be written again."""
     kept = [line for line in read(path) if line['step'] <= step]
     write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self.evaluated = {line['step']: line for line in kept if line['kind'] == 'eval'}

@@ -62,7 +62,9 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str
     target = RULES.get(axis) if axis else None
     ways = mesh.shape[target] if isinstance(target, str) else 1
     if size % ways:
-      raise ConfigError(f'{name}: axis {axis!r} of size {size} does not split over {ways} devices of mesh axis {target!r}')
+      raise ConfigError(
+        f'{name}: axis {axis!r} of size {size} does not split over {ways} devices of mesh axis {target!r}'
+      )
     parts.append(target if ways > 1 else None)
   return PartitionSpec(*parts)
 

@@ -7,8 +7,8 @@ A `Transform` is to a training step what `optax.GradientTransformation` is to a 
 slot they remember. Distillation, pruning, EMA, LoRA, quantisation are values of this one type; `chain` composes them;
 neither this file nor train.py knows any of them by name.
 
-Laws (tests/test_step.py): `chain()` compiles to the same program as no transform; `chain` is associative; slots are part
-of the state and are checkpointed; `frozen` (a teacher's parameters, say) is an argument and is not.
+Laws (tests/test_step.py): `chain()` compiles to the same program as no transform; `chain` is associative; slots are
+part of the state and are checkpointed; `frozen` (a teacher's parameters, say) is an argument and is not.
 
 Numbers that an ablation varies (learning rate, KD weight, sparsity) are traced: they live in `state.hparams`, so that
 arms which differ only there share one executable and can be trained by `jax.vmap(step)`.
@@ -61,7 +61,9 @@ class Update(NamedTuple):
 
 
 LossFn = Callable[[Params, jax.Array, Batch, Context], Terms]  # (viewed params, hidden_BTD, batch, context)
-TokenLossFn = Callable[[jax.Array, Batch, Context], Terms]  # (float32 logits of some tokens, their batch entries, context)
+TokenLossFn = Callable[
+  [jax.Array, Batch, Context], Terms
+]  # (float32 logits of some tokens, their batch entries, context)
 
 
 class Transform(NamedTuple):
@@ -114,7 +116,7 @@ def chain(*transforms: Transform) -> Transform:
     raise ValueError(f'chain: transform names must differ, got {", ".join(names)}')
 
   def init(key, params):
-    # The key depends on the name, not on the place in the chain: adding a transform leaves the others' randomness alone.
+    # The key depends on the name and not on the place: another transform leaves this one's randomness alone.
     return {p.name: p.init(jax.random.fold_in(key, zlib.crc32(p.name.encode())), params) for p in parts}
 
   def data(slots, params, batch, context):
@@ -202,9 +204,7 @@ def make_step(
       lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate
     )
     updates, opt_state = optimizer.make(state.hparams).update(grads, state.opt_state, state.params)
-    taken = state._replace(
-      step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-    )
+    taken = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     slots, taken = transform.after(state.slots, taken, Update(grads, terms, batch, context))
     metrics = losses.means(terms) | {
       'total': losses.objective(terms),

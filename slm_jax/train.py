@@ -105,8 +105,14 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   transform = chain(*(part for part, _ in built))
   frozen = {name: tree for _, its in built for name, tree in its.items()}
   optim = optimizer(config.optim, config.train.steps)
-  options = {'accumulate': config.train.accumulate, 'z_loss': config.train.z_loss, 'chunk': config.train.loss_chunk}
-  step = make_step(model, optim, transform, **options)
+  step = make_step(
+    model,
+    optim,
+    transform,
+    accumulate=config.train.accumulate,
+    z_loss=config.train.z_loss,
+    chunk=config.train.loss_chunk,
+  )
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
   init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))

@@ -62,7 +62,9 @@ def test_every_optimiser_descends_and_takes_traced_numbers(name):
 
 
 def test_muon_treats_each_layer_as_its_own_matrix():
-  opt = optimizer(OptimConfig(name='muon', learning_rate=1.0, warmup=0, schedule='constant', weight_decay=0.0, clip=0), 9)
+  opt = optimizer(
+    OptimConfig(name='muon', learning_rate=1.0, warmup=0, schedule='constant', weight_decay=0.0, clip=0), 9
+  )
   tx = opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()})
   grads = params()
   both = tx.update(grads, tx.init(params()), params())[0]['layers']['up']

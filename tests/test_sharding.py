@@ -15,8 +15,12 @@ from slm_jax.optim import OptimConfig, optimizer
 from slm_jax.prune.magnitude import prune
 from slm_jax.step import chain, init_state, make_step
 
-CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=32, unroll=1)
-BIG = ModelConfig(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=64, max_len=32, unroll=1)
+CONFIG = ModelConfig(
+  vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_len=32, unroll=1
+)
+BIG = ModelConfig(
+  vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=64, max_len=32, unroll=1
+)
 MODEL, TEACHER = decoder.build(CONFIG), decoder.build(BIG)
 
 

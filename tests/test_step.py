@@ -125,8 +125,11 @@ def test_hooks_run_in_order_and_see_what_they_should():
 
 def test_frozen_is_not_in_the_state_and_slots_are():
   state = start(chain(ema(0.9), distill(TEACHER, 0.5, 1.0)))
-  teacher_shapes = {x.shape for x in jax.tree.leaves(FROZEN)} - {x.shape for x in jax.tree.leaves(MODEL.init(state.key))}
-  assert teacher_shapes and not teacher_shapes & {x.shape for x in jax.tree.leaves(state)}
+  teacher_shapes = {x.shape for x in jax.tree.leaves(FROZEN)} - {
+    x.shape for x in jax.tree.leaves(MODEL.init(state.key))
+  }
+  assert teacher_shapes
+  assert not teacher_shapes & {x.shape for x in jax.tree.leaves(state)}
   assert set(state.slots) == {'ema', 'distill'}
 
 
@@ -149,7 +152,8 @@ def test_a_vmapped_population_equals_its_arms_run_alone():
   transform = chain(distill(TEACHER, 0.5, 1.0), prune(0.5, 'layer', 2, 8, 2))
   step = make_step(MODEL, OPTIM, transform)
   changes = [
-    {'optim.learning_rate': 0.01 * (i + 1), 'distill.weight': 0.2 * i, 'prune.sparsity': 0.1 + 0.2 * i} for i in range(4)
+    {'optim.learning_rate': 0.01 * (i + 1), 'distill.weight': 0.2 * i, 'prune.sparsity': 0.1 + 0.2 * i}
+    for i in range(4)
   ]
   arms = []
   for i, change in enumerate(changes):
@@ -207,9 +211,7 @@ def test_ema_follows_its_recurrence():
   state, _ = run(chain(ema(0.5)), 1)
   first = start(chain(ema(0.5)))
   d = 0.1  # min(0.5, (1 + 0)/(10 + 0))
-  close(
-    state.slots['ema'], jax.tree.map(lambda a, p: d * a + (1 - d) * p, first.params, state.params), 1e-6
-  )
+  close(state.slots['ema'], jax.tree.map(lambda a, p: d * a + (1 - d) * p, first.params, state.params), 1e-6)
   equal(chain(ema(0.5)).final(state.slots, state.params), state.slots['ema'])
 
 
@@ -219,9 +221,7 @@ def test_distillation_with_weight_zero_is_plain_training():
 
 def test_distillation_from_oneself_has_no_gradient():
   state = start(chain(distill(MODEL, 1.0, 2.0)))
-  _, metrics = jax.jit(make_step(MODEL, OPTIM, distill(MODEL, 1.0, 2.0)))(
-    state, toy_batch(), {'teacher': state.params}
-  )
+  _, metrics = jax.jit(make_step(MODEL, OPTIM, distill(MODEL, 1.0, 2.0)))(state, toy_batch(), {'teacher': state.params})
   assert metrics['distill'] == pytest.approx(0, abs=1e-6)
   assert metrics['grad_norm'] == pytest.approx(0, abs=1e-6)
 
@@ -288,7 +288,9 @@ def test_masks_are_nested_and_follow_the_cubic():
 
 def test_cubic_ends():
   assert cubic(jnp.int32(3), 4, 24, jnp.float32(0.8)) == 0
-  assert cubic(jnp.int32(24), 4, 24, jnp.float32(0.8)) == cubic(jnp.int32(99), 4, 24, jnp.float32(0.8)) == jnp.float32(0.8)
+  assert (
+    cubic(jnp.int32(24), 4, 24, jnp.float32(0.8)) == cubic(jnp.int32(99), 4, 24, jnp.float32(0.8)) == jnp.float32(0.8)
+  )
 
 
 def test_sparsity_zero_is_plain_training():

@@ -1,6 +1,6 @@
 """An experiment that trains in seconds: for tests of the loop, and as a program for tests that kill it.
 
-    python tests/tiny.py WORKDIR STEPS [noise]      trains the arm 'tiny' in WORKDIR and exits with run()'s code
+python tests/tiny.py WORKDIR STEPS [noise]      trains the arm 'tiny' in WORKDIR and exits with run()'s code
 """
 
 import os

@@ -9,7 +9,9 @@ from slm_jax.model.config import ModelConfig
 
 
 def toy_model(vocab: int = 11, width: int = 8, layers: int = 2) -> Model:
-  config = ModelConfig(vocab_size=vocab, d_model=width, n_layers=layers, d_ff=width, head_dim=4, n_heads=2, n_kv_heads=2)
+  config = ModelConfig(
+    vocab_size=vocab, d_model=width, n_layers=layers, d_ff=width, head_dim=4, n_heads=2, n_kv_heads=2
+  )
 
   def init(key):
     a, b, c = jax.random.split(key, 3)

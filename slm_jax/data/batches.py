@@ -8,7 +8,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -18,8 +18,16 @@ from slm_jax.data import packing
 HostBatch = dict[str, np.ndarray]
 
 
-def order(parts: Sequence[Sequence[np.ndarray]], weights: Sequence[float], seed: int) -> grain.MapDataset:
-  """An endless order of training sequences, by index: [2, L + 1] each.
+class Sequences(Protocol):
+  """[2, L + 1] by index: tokens and segment ids."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+def order(parts: Sequence[Sequences], weights: Sequence[float], seed: int) -> grain.MapDataset:
+  """An endless order of training sequences, by index.
 
   Without weights, every epoch shows every sequence of all parts once, in an order of its own. With weights, the parts
   are interleaved in those shares, and each has epochs and orders of its own.
@@ -36,14 +44,14 @@ def _seed(seed: int, part: int) -> int:
   return int.from_bytes(hashlib.sha256(f'{seed} {part}'.encode()).digest()[:4], 'little')
 
 
-def train_batch(sequences: Sequence[np.ndarray], step: int, size: int, host: int = 0, hosts: int = 1) -> HostBatch:
+def train_batch(sequences: Sequences, step: int, size: int, host: int = 0, hosts: int = 1) -> HostBatch:
   """Rows [host/hosts, (host + 1)/hosts) of the global batch of `size` sequences that `step` is taken on."""
   rows = range(step * size + host * size // hosts, step * size + (host + 1) * size // hosts)
   return _batch([sequences[i] for i in rows])
 
 
 def valid_batches(
-  sequences: Sequence[np.ndarray], size: int, chosen: Sequence[int], host: int = 0, hosts: int = 1
+  sequences: Sequences, size: int, chosen: Sequence[int], host: int = 0, hosts: int = 1
 ) -> Iterator[HostBatch]:
   """The chosen sequences in order, `size` in a global batch; the last one is filled up with rows of mask 0."""
   for start in range(0, len(chosen), size):
@@ -83,6 +91,7 @@ class Prefetch(Iterator):
 
   def _work(self, make: Callable[[int], Any], step: int, put: Callable[[Any], Any]) -> None:
     while not self._stop.is_set():
+      item: tuple[Any, BaseException | None]
       try:
         item = (put(make(step)), None)
       except BaseException as error:  # for the consumer to deal with

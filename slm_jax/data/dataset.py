@@ -1,5 +1,6 @@
 """The way of the data: sources -> tokenizer -> token stores -> batches."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,24 +45,22 @@ class Dataset(NamedTuple):
 
     None unless the sources know p(text) and every document stands whole in its sequence.
     """
-    parts = self._valid('nats'), self._valid('predicted_each')
-    if None in parts:
+    facts = self._valid_facts()
+    if not all('nats' in each for each in facts):
       return None
-    nats, predicted = ([value for part in values for value in part] for values in parts)
+    nats = [value for each in facts for value in each['nats']]
+    predicted = [value for each in facts for value in each['predicted_each']]
     chosen = batches.spread(len(nats), sequences)
-    return sum(nats[i] for i in chosen) / sum(predicted[i] for i in chosen)
+    return math.fsum(nats[i] for i in chosen) / sum(predicted[i] for i in chosen)
 
   @property
   def bytes_per_token(self) -> float:
     """UTF-8 bytes of the valid split per predicted token, of which the end of a document is one."""
-    return sum(self._valid('bytes')) / sum(self._valid('predicted'))
+    facts = self._valid_facts()
+    return sum(each['bytes'] for each in facts) / sum(each['predicted'] for each in facts)
 
-  def _valid(self, fact: str) -> list[Any] | None:
-    """That fact of every store that has a valid split; None if one does not know it."""
-    facts = [
-      store.manifest['splits']['valid'].get(fact) for store in self.stores if 'valid' in store.manifest['splits']
-    ]
-    return None if None in facts else facts
+  def _valid_facts(self) -> list[dict[str, Any]]:
+    return [store.manifest['splits']['valid'] for store in self.stores if 'valid' in store.manifest['splits']]
 
 
 def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host: int = 0, hosts: int = 1) -> Dataset:

@@ -118,17 +118,16 @@ def zipf(n: int) -> Zipf:
   )
 
 
-def holder(memory: Memory, var: str) -> str:
-  """The variable for which `var` stands, itself mostly."""
-  while isinstance(memory[var], str):
-    var = memory[var]
-  return var
+def held(memory: Memory, var: str) -> Record:
+  """What `var` holds, or the variable for which it stands."""
+  record = memory[var]
+  return held(memory, record) if isinstance(record, str) else record
 
 
 def lookup(memory: Memory, say: Say) -> str:
   """The entry that [var.form] names, not yet capitalised."""
-  form = memory[holder(memory, say.form)]['form'] if say.form in memory else say.form
-  return memory[holder(memory, say.var)][form.lower()]
+  form = held(memory, say.form)['form'] if say.form in memory else say.form
+  return held(memory, say.var)[form.lower()]
 
 
 def spell(memory: Memory, say: Say) -> str:
@@ -150,7 +149,7 @@ def option(grammar: Grammar, item: Pick | Use, memory: Memory, i: int) -> tuple[
 
 
 def _rule(grammar: Grammar, item: Use, memory: Memory) -> tuple[Production, ...]:
-  name = f'{item.rule}/{memory[holder(memory, item.var)][item.feature]}' if item.var else item.rule
+  name = f'{item.rule}/{held(memory, item.var)[item.feature]}' if item.var else item.rule
   return grammar.rules[name]
 
 
@@ -240,6 +239,7 @@ def expected_bytes(grammar: Grammar) -> float:
 
 
 Outcome = tuple[float, list[tuple[Memory, float]]]  # expected cost; what is remembered anew, with which probability
+States = dict[frozenset, tuple[Memory, float]]
 
 
 def _expect(grammar: Grammar, cost: Callable[[Item, Memory], float], lengths: bool) -> float:
@@ -251,8 +251,8 @@ def _expect(grammar: Grammar, cost: Callable[[Item, Memory], float], lengths: bo
   below it, and is computed once for each state of those.
   """
   features, reads = _dependencies(grammar)
-  known: dict = {}
-  same: dict = {}  # equal records are one object, so that memories can be compared by identity
+  known: dict[tuple[Item, frozenset], Outcome] = {}
+  same: dict[tuple, Record] = {}  # equal records are one object, so that memories can be compared by identity
 
   @functools.cache
   def classes(pick: Pick) -> list[tuple[Record, float]]:
@@ -267,7 +267,8 @@ def _expect(grammar: Grammar, cost: Callable[[Item, Memory], float], lengths: bo
     return known[key]
 
   def compute(item: Item, given: Memory) -> Outcome:
-    total, ends = cost(item, given), {}
+    total = cost(item, given)
+    ends: States = {}
     if isinstance(item, Pick):
       for record, p in classes(item):
         total += p * cost(Say(item.var, item.form), {**given, item.var: record})
@@ -283,9 +284,10 @@ def _expect(grammar: Grammar, cost: Callable[[Item, Memory], float], lengths: bo
     return total, list(ends.values())
 
   def run(items: Production, given: Memory) -> Outcome:
-    total, states = 0.0, [({}, 1.0)]
+    total = 0.0
+    states: list[tuple[Memory, float]] = [({}, 1.0)]
     for item in items:
-      ends: dict = {}
+      ends: States = {}
       for memory, p in states:
         more, news = outcome(item, {**given, **memory})
         total += p * more
@@ -310,14 +312,14 @@ def _merge(records: tuple[Record, ...], features: set[str], lengths: bool) -> li
   return merged
 
 
-def _add(states: dict, memory: Memory, p: float) -> None:
+def _add(states: States, memory: Memory, p: float) -> None:
   """Adds p to the memory's probability."""
   key = _key(memory)
   states[key] = (memory, states[key][1] + p if key in states else p)
 
 
 def _key(memory: Memory) -> frozenset:
-  return frozenset((var, id(held)) for var, held in memory.items())
+  return frozenset((var, id(entry)) for var, entry in memory.items())
 
 
 def _dependencies(grammar: Grammar) -> tuple[dict[str, set[str]], dict[Item, set[str]]]:

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -127,7 +127,9 @@ def _limited(found: Iterator[Document], config: DataConfig) -> Iterator[Document
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _reader(files: list[Path], config: DataConfig, ignored: list[str] = ()) -> Callable[[Report], Iterator[Document]]:
+def _reader(
+  files: list[Path], config: DataConfig, ignored: Sequence[str] = ()
+) -> Callable[[Report], Iterator[Document]]:
   def read(report: Report) -> Iterator[Document]:
     report.ignored = list(ignored)
     for file in files:

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ _OPTIONS = 'group_size:1,zstd'  # one record a chunk, for random access
 _SAID = {'bad': 'bad records were skipped or mended', 'left_out': 'files were left out'}
 
 
-class Records(Sequence):
+class Records:
   """The sequences of one split, by index: uint32 [2, L + 1], tokens and segment ids. Threads may share it.
 
   A damaged record is a ConfigError that names file and record.
@@ -46,6 +46,8 @@ class Records(Sequence):
     return len(self._source)
 
   def __getitem__(self, index: int) -> np.ndarray:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{self.path}: record {index} of {len(self)}')
     try:
       data = self._source[index]
     except (RuntimeError, OSError) as error:
@@ -120,7 +122,7 @@ def _write(
   path: Path, documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer, wide: bool
 ) -> dict[str, Any]:
   """Writes one split; returns what there is to know about it."""
-  counts = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
 
   def pieces() -> Iterator[Piece]:
     for document in documents:

@@ -66,7 +66,7 @@ def _kinds(**words: str) -> list[Record]:
 
 _MANY = {'form': 'many', 'it': 'they', 'them': 'them', 'was': 'were', 'is': 'are', 'this': 'these', 'what': 'what'}
 
-TABLES = {
+TABLES: dict[str, list[Record]] = {
   'girls': _people(
     'she her her',
     'Lily Mia Anna Zoe Ella Rose Lucy Nora Ruby Clara Ivy Maya Sara Hana Leila Wren Amara Greta Ines Yuki',
@@ -200,7 +200,7 @@ RULES = {
   ],
   'saw': _list('found, saw, spotted, picked up, discovered, noticed'),
   'spot': _list(
-    'under a bench, near the gate, behind a wall, next to a tree, in the grass, on a rock, in an empty box, beside the road'
+    'under a bench, near the gate, behind a wall, next to a tree, in the grass, on a rock, in an empty box, by the road'
   ),
   'there': _list('There, On the way, Along the path, In a corner'),
   'prize': ['[n=numbers.text] [colour=colours.text] [object]'],

@@ -11,8 +11,10 @@ decode(encode(s)) == s.
 import abc
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -24,7 +26,7 @@ _BYTES = b'bytes\n'
 LINE = 4000  # characters; a longer line is cut before training
 
 # Under these settings SentencePiece, Hugging Face's fast tokenizer and llama.cpp agree, and no space is ever lost.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
   'model_type': 'bpe',
   'character_coverage': 1.0,
   'byte_fallback': True,
@@ -102,10 +104,10 @@ class SentencePiece(Tokenizer):
 
   def __init__(self, model: bytes, name: str = 'SentencePiece model'):
     try:
-      self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, ValueError) as error:
+      self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
       raise ConfigError(f'{name}: not a SentencePiece model') from error
-    pieces = self.pieces
+    require(bool(model), f'{name}: not a SentencePiece model, but empty')
     self.vocab_size = pieces.get_piece_size()
     self.bos, self.eos = pieces.bos_id(), pieces.eos_id()
     self.pad = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
@@ -155,7 +157,7 @@ def train(texts: Iterable[str], vocab_size: int) -> SentencePiece:
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=lines,
+      sentence_iterator=itertools.chain([' '], lines),  # a space must be known: its bytes would be decoded as '▁'
       model_writer=model,
       vocab_size=vocab_size,
       max_sentence_length=4 * LINE,

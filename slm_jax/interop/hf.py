@@ -53,7 +53,10 @@ class _Settings(dict):
 def _llama(hf: _Settings) -> ModelConfig:
   hf.only('hidden_act', 'silu', 'swish')
   bias = bool(hf.get('attention_bias', False))
-  hf.only('mlp_bias', bias)
+  require(
+    bias == bool(hf.get('mlp_bias', False)),
+    f'{hf["model_type"]} config: attention_bias={bias}, mlp_bias={not bias} is not supported; allowed: both or neither',
+  )
   rope = hf.get('rope_parameters') or {'rope_theta': hf.get('rope_theta', 10_000.0), **(hf.get('rope_scaling') or {})}
   theta, scaling = _rope(hf, rope)
   heads = hf['num_attention_heads']
@@ -93,7 +96,7 @@ def _gemma3(hf: _Settings) -> ModelConfig:
   local_theta, local_scaling = _rope(hf, both['sliding_attention'])
   require(not local_scaling, 'gemma3_text config: rope scaling of sliding_attention is not supported; allowed: none')
   window, every = _pattern(hf)
-  common = {'hidden_act': 'silu', 'rope_parameters': both['full_attention'], 'head_dim': hf.get('head_dim', 256)}
+  common = {'rope_parameters': both['full_attention'], 'head_dim': hf.get('head_dim', 256)}
   changes = {
     'norm_offset': 1.0,
     'post_norms': True,
@@ -256,16 +259,20 @@ def params_from_hf(state_dict: Mapping[str, Any], config: ModelConfig) -> Params
 
 
 def _source(names: _Names, group: str, name: str, shape: tuple[int, ...]) -> _Source:
+  """Where the family keeps this parameter; `shape` is ours, with the layers' axis."""
   if name == 'head':
     return _Source(_HEAD, shape[::-1], transposed=True)
-  if group != 'layers':
-    return _Source(names.body + names.top[name], shape)
   stem, kind = (name.removesuffix('_bias'), 'bias') if name.endswith('_bias') else (name, 'weight')
+  require(name in names.top or stem in names.layer, f'{group}.{name}: no tensor of {names.body}* corresponds to it')
+  if name in names.top:
+    return _Source(names.body + names.top[name], shape)
   if kind == 'bias' or name.endswith('norm'):
-    flat, transposed = (math.prod(shape[1:]),), False
+    flat: tuple[int, ...] = (math.prod(shape[1:]),)
+    transposed = False
   else:
     inputs = 3 if name == 'o' else 2  # axes up to the last one that is summed over, the layer's included
-    flat, transposed = (math.prod(shape[1:inputs]), math.prod(shape[inputs:])), names.transposed
+    flat = (math.prod(shape[1:inputs]), math.prod(shape[inputs:]))
+    transposed = names.transposed
   part = 'qkv'.index(stem) if names.layer[stem].endswith('c_attn') else None
   if part is not None:
     flat = (*flat[:-1], 3 * flat[-1])

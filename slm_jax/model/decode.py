@@ -14,7 +14,7 @@ from slm_jax.config import require
 from slm_jax.model.api import Params
 from slm_jax.model.attention import Cache
 from slm_jax.model.config import ModelConfig
-from slm_jax.model.decoder import Decoder
+from slm_jax.model.decoder import apply
 
 
 def init_cache(config: ModelConfig, start_B: jax.Array, slots: int) -> Cache:
@@ -25,12 +25,12 @@ def init_cache(config: ModelConfig, start_B: jax.Array, slots: int) -> Cache:
 
 def extend(config: ModelConfig, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   """Final-normed x_BTD of T more tokens, and the cache with them. The caller sees to it that they fit."""
-  return Decoder(config).apply({'params': params}, tokens_BT, cache.start_B[:, None], cache, method='run')
+  return apply(config, params, tokens_BT, cache.start_B[:, None], cache, method='run')
 
 
 def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
   """x_...D -> float32 logits_...V."""
-  return Decoder(config).apply({'params': params}, x, method='head')
+  return apply(config, params, x, method='head')
 
 
 def align_right(prompt_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:

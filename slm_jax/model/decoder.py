@@ -33,7 +33,7 @@ def _table(config: ModelConfig) -> dict[str, Any]:
     layer['gate'] = 'DF'
   if config.post_norms:
     layer |= {'attn_post_norm': 'D', 'mlp_post_norm': 'D'}
-  table = {'embed': {'tokens': 'VD'}, 'layers': layer, 'final_norm': 'D'}
+  table: dict[str, Any] = {'embed': {'tokens': 'VD'}, 'layers': layer, 'final_norm': 'D'}
   if config.norm == 'layer':
     layer |= {f'{name}_bias': 'D' for name in layer if name.endswith('norm')}
     table['final_norm_bias'] = 'D'
@@ -193,7 +193,7 @@ def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
 def _linear(config: ModelConfig, w: Params, name: str, x: jax.Array, n_in: int = 1) -> jax.Array:
   """x times the weights of `name`, over its last n_in axes."""
   y = ops.linear(x, w[name], n_in)
-  return y + w[f'{name}_bias'].astype(x.dtype) if config.bias else y
+  return y + ops.along(w[f'{name}_bias'].astype(x.dtype), y) if config.bias else y
 
 
 def _layers(
@@ -272,18 +272,22 @@ class Decoder(nn.Module):
     return ops.unembed(x, table_VD, self.config.softcap)
 
 
+def apply(config: ModelConfig, params: Params, *args: Any, method: str) -> Any:
+  """That method of the decoder of these parameters."""
+  return Decoder(config).apply({'params': params}, *args, method=method)
+
+
 def build(config: ModelConfig) -> Model:
   """The decoder as pure functions of its parameters. ConfigError if the configuration is impossible."""
   configs.check(config, 'model')
-  apply = functools.partial(Decoder.apply, Decoder(config))
 
   def init(key: jax.Array) -> Params:
     return Decoder(config).init(key, method=lambda decoder: decoder.weights)['params']
 
   def hidden(params: Params, batch: Batch) -> jax.Array:
-    return apply({'params': params}, batch['inputs'], batch.get('segments'), method='hidden')
+    return apply(config, params, batch['inputs'], batch.get('segments'), method='hidden')
 
   def head(params: Params, x: jax.Array) -> jax.Array:
-    return apply({'params': params}, x, method='head')
+    return apply(config, params, x, method='head')
 
   return Model(config, init, hidden, head)

@@ -57,9 +57,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def activation(kind: Literal['swiglu', 'geglu', 'gelu'], up: jax.Array, gate: jax.Array | None) -> jax.Array:
-  """silu(gate) * up, gelu(gate) * up, or gelu(up); the tanh form of GELU (arXiv 2002.05202, 1606.08415)."""
-  if kind == 'swiglu':
-    return jax.nn.silu(gate) * up
-  if kind == 'geglu':
-    return jax.nn.gelu(gate, approximate=True) * up
-  return jax.nn.gelu(up, approximate=True)
+  """silu(gate) * up, gelu(gate) * up, or, without a gate, gelu(up); GELU by tanh (arXiv 2002.05202, 1606.08415)."""
+  if gate is None:
+    return jax.nn.gelu(up, approximate=True)
+  return (jax.nn.silu(gate) if kind == 'swiglu' else jax.nn.gelu(gate, approximate=True)) * up

@@ -100,4 +100,4 @@ def magnitude_masks(params: Any, masks: Any, sparsity: jax.Array, scope: str) ->
     kept = [jax.vmap(lambda s: keep_largest([s], 1 - sparsity)[0])(s) for s in chosen]
   kept_leaves = iter(kept)
   old = jax.tree.leaves(masks)
-  return treedef.unflatten([next(kept_leaves) if f else m for f, m in zip(flags, old, strict=True)])
+  return jax.tree.unflatten(treedef, [next(kept_leaves) if f else m for f, m in zip(flags, old, strict=True)])

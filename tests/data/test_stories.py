@@ -122,7 +122,7 @@ def test_a_changed_story_is_another_story_or_none(index, data):
 def test_what_was_said_is_remembered():
   text = (
     'One windy day, a daring boy named Sam hurried to the farm. He took along his dog, Ziggy. Sam spotted a red leaf '
-    'beside the road. But it fell into deep water. After a while, a tall seal splashed in and pushed it back. "Thank '
+    'by the road. But it fell into deep water. After a while, a tall seal splashed in and pushed it back. "Thank '
     'you!" said Sam. Sam held it tight. With messy hair, Sam told Ziggy about the tall seal.'
   )
   assert stories.log_prob(text) > -80
@@ -149,7 +149,28 @@ def test_stories_are_the_same_everywhere_and_differ():
   assert not [text for text, _ in SAMPLES if '  ' in text or re.search(r'\ba [aeiou]', text)]
 
 
-FIRST = ''
+FIRST = (
+  'Once upon a time, there was a little boy named Tom. One sunny evening, he walked to the park. His cat was with him '
+  'and was called Luna. There, he saw a blue kite. But he tripped, and it came apart. Tom began to cry. Luckily, an '
+  'old toymaker heard the noise. "Do not worry," said the toymaker. The toymaker opened a box of tools and made it as '
+  'good as new. Tom held it tight. When the sun went down, Tom and Luna came back to the park once more.'
+)
+
+
+def test_no_rule_and_no_table_is_left_over():
+  rules, tables, todo = set(), set(), ['story']
+  while todo:
+    name = todo.pop()
+    rules.add(name)
+    for item in (item for production in stories.GRAMMAR.rules[name] for item in production):
+      if isinstance(item, Use):
+        names = {r for r in stories.GRAMMAR.rules if r.startswith(f'{item.rule}/')} if item.var else {item.rule}
+        todo += names - rules
+      elif isinstance(item, Pick):
+        tables.add(item.table)
+  assert rules == set(stories.GRAMMAR.rules)
+  assert tables == set(stories.GRAMMAR.tables)
+
 
 # ------------------------------------------------------------------------------------- proof: a text has one derivation
 

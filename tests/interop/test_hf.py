@@ -125,7 +125,11 @@ def test_config_json_of_version_4_means_the_same():
   [
     ('llama', {'model_type': 'mamba'}, "model_type='mamba': allowed: llama, qwen3, gemma3_text, gpt2"),
     ('llama', {'hidden_act': 'relu'}, "llama config: hidden_act='relu' is not supported; allowed: 'silu'"),
-    ('llama', {'attention_bias': True}, 'llama config: mlp_bias=False is not supported; allowed: True'),
+    (
+      'llama',
+      {'attention_bias': True},
+      'attention_bias=True, mlp_bias=False is not supported; allowed: both or neither',
+    ),
     ('llama', {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope_type='yarn'"),
     ('llama', {'hidden_size': None}, "key 'hidden_size' is missing"),
     ('llama', {'num_key_value_heads': 4}, 'llama.n_heads=6: must be a multiple of n_kv_heads=4'),
@@ -158,6 +162,13 @@ def test_keys_that_do_not_fit_are_named(name):
   refused(state | {'model.extra.weight': state[matrix]}, 'unexpected model.extra.weight$')
   refused(state | {matrix: state[matrix][:, :-1]}, rf'{matrix}: shape \(.*\), expected \(.*\)')
   refused(state | {'lm_head.weight': state['lm_head.weight'] + 1}, 'lm_head.weight: differs from .* tied=True')
+
+
+def test_a_configuration_of_no_family_is_refused():
+  model = reference('gpt2')
+  config = dataclasses.replace(config_from_hf(model.config), qk_norm=True)
+  with pytest.raises(ConfigError, match='layers.k_norm: no tensor of transformer.* corresponds to it'):
+    params_from_hf(model.state_dict(), config)
 
 
 def test_other_forms_of_the_same_tensors():

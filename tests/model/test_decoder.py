@@ -21,6 +21,10 @@ def random_tokens(*shape, seed=0):
   return np.random.default_rng(seed).integers(0, SMALL['vocab_size'], shape, dtype=np.int32)
 
 
+def is_tuple(x):
+  return isinstance(x, tuple)
+
+
 # -------------------------------------------------------------------------------------------------------- contract
 
 
@@ -32,9 +36,8 @@ def test_parameters_match_their_declared_shapes_and_axes(family):
     lambda s: (s.shape, s.dtype), decoder.shapes(config)
   )
   axes = decoder.logical_axes(config)
-  is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-  assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(params)
-  jax.tree.map(lambda a, p: np.testing.assert_equal(len(a), p.ndim), axes, params, is_leaf=is_axes)
+  assert jax.tree.structure(axes, is_leaf=is_tuple) == jax.tree.structure(params)
+  jax.tree.map(lambda a, p: np.testing.assert_equal(len(a), p.ndim), axes, params, is_leaf=is_tuple)
   assert all(axes['layers'][name][0] == 'layers' for name in params['layers'])
   assert axes['layers']['q'] == ('layers', 'embed', 'heads', 'head_dim')
   assert axes['embed']['tokens'] == ('vocab', 'embed')
@@ -50,7 +53,7 @@ def test_logits_are_the_head_of_the_hidden_states(family):
   halves = jax.jit(lambda p, batch: model.head(p, model.hidden(p, batch)))(
     params, {'inputs': tokens, 'segments': segments}
   )
-  assert got.shape == (B, T, SMALL['vocab_size']) and got.dtype == jnp.float32
+  assert (got.shape, got.dtype) == ((B, T, SMALL['vocab_size']), jnp.float32)
   np.testing.assert_allclose(got, halves, atol=1e-5)
   np.testing.assert_allclose(got, logits(params, tokens, None), atol=1e-5)
 

@@ -38,7 +38,8 @@ def test_tiny_ones_have_the_size_of_their_name_and_heads_that_suit_accelerators(
   target = float(text[:-1]) * {'k': 1e3, 'm': 1e6}[text[-1]]
   assert abs(allocated(config) / target - 1) < 0.15
   assert config.head_dim % (64 if target >= 3e6 else 32) == 0
-  assert config.n_heads * config.head_dim == config.d_model and config.d_ff % 32 == 0
+  assert config.n_heads * config.head_dim == config.d_model
+  assert config.d_ff % 32 == 0
 
 
 def test_names():

@@ -31,5 +31,7 @@ def test_llama3_scaling_leaves_fast_frequencies_and_divides_slow_ones():
   np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
   np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 32, rtol=1e-6)
   between = (turns >= 1) & (turns <= 4)
-  assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 32).all()
+  assert between.any()
+  assert (scaled[between] < plain[between]).all()
+  assert (scaled[between] > plain[between] / 32).all()
   assert (np.diff(scaled) < 0).all()

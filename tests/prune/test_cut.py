@@ -40,9 +40,7 @@ def test_cut_channels_equal_masked_channels(config):
     dropped = [i for i, row in enumerate(np.asarray(masked['down'][layer])) if row.tobytes() not in rows]
     assert len(dropped) == 32
     masked['down'] = masked['down'].at[layer, jnp.array(dropped)].set(0)
-  np.testing.assert_allclose(
-    logits(small, cut_params), logits(config, {**params, 'layers': masked}), atol=1e-5
-  )
+  np.testing.assert_allclose(logits(small, cut_params), logits(config, {**params, 'layers': masked}), atol=1e-5)
 
 
 @pytest.mark.parametrize('config', [LLAMA, GPT2])
@@ -78,7 +76,11 @@ def test_the_strongest_channels_stay_and_scale_between_up_and_down_does_not_matt
 
 @pytest.mark.parametrize(
   'changes,message',
-  [({'d_model': 64}, 'differs in d_model'), ({'n_layers': 5}, 'model.n_layers=5: larger than 4'), ({'d_ff': 99}, 'd_ff')],
+  [
+    ({'d_model': 64}, 'differs in d_model'),
+    ({'n_layers': 5}, 'model.n_layers=5: larger than 4'),
+    ({'d_ff': 99}, 'd_ff'),
+  ],
 )
 def test_impossible_cuts(changes, message):
   with pytest.raises(ConfigError, match=message):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax.prune.select import keep_largest

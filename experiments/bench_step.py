@@ -1,0 +1,205 @@
+"""How fast is a training step? Tokens/s, MFU, compile time and memory, per model size and dtype; beside PyTorch's.
+
+    python -m experiments.bench_step [--cases=0.8m,10.7m] [--dtypes=float32] [--rounds=12] [--torch=auto] [--out=FILE]
+
+A step is forward, backward, clipping and AdamW on a batch of random tokens that lies on the device. MFU is
+`flops_per_token` (causal attention counted half) over the float32 matmul rate measured in the same process. PyTorch, if
+it is installed, runs the same architecture eagerly with its fused attention and fused AdamW (bench_torch.py).
+
+Every contestant is a process of its own. They take turns, a few steps each, so that a busy machine slows all of them;
+reported is each one's fastest step, and the ratio of those. No step of one overlaps a step of another.
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+CASES = {
+  # the settings of nanoGPT's examples for Shakespeare on a CPU and on a GPU
+  '0.8m': {'layers': 4, 'heads': 4, 'width': 128, 'context': 64, 'batch': 12, 'vocab': 65},
+  '10.7m': {'layers': 6, 'heads': 6, 'width': 384, 'context': 256, 'batch': 8, 'vocab': 65},
+  # a larger vocabulary, where the head dominates
+  '3m-8k': {'layers': 4, 'heads': 4, 'width': 192, 'context': 256, 'batch': 8, 'vocab': 8192},
+}
+
+_CASES = flags.DEFINE_list('cases', ['0.8m', '10.7m'], f'of {", ".join(CASES)}')
+_DTYPES = flags.DEFINE_list('dtypes', ['float32'], 'of float32, bfloat16 (PyTorch runs in float32 only)')
+_ROUNDS = flags.DEFINE_integer('rounds', 12, 'turns of each contestant', lower_bound=1)
+_SECONDS = flags.DEFINE_float('seconds', 1.0, 'length of a turn, about')
+_TORCH = flags.DEFINE_enum('torch', 'auto', ['auto', 'yes', 'no'], 'compare with PyTorch')
+_OUT = flags.DEFINE_string('out', 'runs/bench_step/bench.json', 'where the figures go')
+_WORKER = flags.DEFINE_string('worker', '', 'internal: what to run in this process')
+
+
+# ---------------------------------------------------------------------------------------------------------- a worker
+
+
+def jax_step(case: dict[str, int], dtype: str) -> tuple[Any, dict[str, Any]]:
+  """(a function that takes one step and waits for it, facts about it)."""
+  import jax
+  import numpy as np
+
+  from slm_jax import perf
+  from slm_jax.model import decoder
+  from slm_jax.model.config import ModelConfig
+  from slm_jax.model.flops import flops_per_token, parameter_count
+  from slm_jax.optim import OptimConfig, optimizer
+  from slm_jax.step import init_state, make_step
+
+  perf.keep_freed_memory()
+  width, b, t = case['width'], case['batch'], case['context']
+  config = ModelConfig(
+    vocab_size=case['vocab'],
+    d_model=width,
+    n_layers=case['layers'],
+    n_heads=case['heads'],
+    n_kv_heads=case['heads'],
+    head_dim=width // case['heads'],
+    d_ff=4 * width,
+    max_len=t,
+    norm='layer',
+    mlp='gelu',
+    positions='learned',
+    dtype=dtype,
+  )
+  model, optim = decoder.build(config), optimizer(OptimConfig(), 1000)
+  tokens = np.random.default_rng(0).integers(0, case['vocab'], (b, t + 1)).astype(np.int32)
+  ones = np.ones((b, t))
+  batch = jax.device_put(
+    {
+      'inputs': tokens[:, :-1],
+      'targets': tokens[:, 1:],
+      'segments': ones.astype('int32'),
+      'mask': ones.astype('float32'),
+    }
+  )
+  state = init_state(jax.random.PRNGKey(0), jax.jit(model.init)(jax.random.PRNGKey(1)), optim)
+  start = time.perf_counter()
+  compiled = jax.jit(make_step(model, optim), donate_argnums=0).lower(state, batch, {}).compile()
+  facts = {
+    'compile_seconds': time.perf_counter() - start,
+    'parameters': parameter_count(config),
+    'flops_per_token': flops_per_token(config, t),
+    'peak_flops': perf.measured_matmul(),
+    'version': jax.__version__,
+    'device': jax.devices()[0].device_kind,
+  }
+
+  def step():
+    nonlocal state
+    state, metrics = compiled(state, batch, {})
+    return float(metrics['loss'])
+
+  return step, facts
+
+
+def work(spec: str) -> None:
+  """A contestant: says what it is, then takes a turn for each line on standard input and prints its step times."""
+  engine, case, dtype = spec.split(':')
+  if engine == 'torch':
+    from experiments.bench_torch import torch_step
+
+    step, facts = torch_step(CASES[case])
+  else:
+    step, facts = jax_step(CASES[case], dtype)
+  for _ in range(3):
+    step()
+  print(json.dumps(facts), flush=True)
+  for line in sys.stdin:
+    times, end = [], time.perf_counter() + float(line)
+    while not times or time.perf_counter() < end:
+      start = time.perf_counter()
+      step()
+      times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    print(json.dumps({'times': times, 'peak_bytes': peak}), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the comparison
+
+
+def compare(specs: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+  """Figures of each contestant; they run in turns."""
+  command = [sys.executable, '-m', 'experiments.bench_step', '--worker']
+  started = [subprocess.Popen([*command, s], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for s in specs]
+  try:
+    facts = [json.loads(p.stdout.readline() or 'null') for p in started]
+    if None in facts:
+      raise RuntimeError(f'{specs[facts.index(None)]} did not start; what it printed is above')
+    turns: list[list[dict[str, Any]]] = [[] for _ in specs]
+    for i in range(rounds):
+      for n in range(len(specs)) if i % 2 == 0 else reversed(range(len(specs))):
+        started[n].stdin.write(f'{seconds}\n')
+        started[n].stdin.flush()
+        turns[n].append(json.loads(started[n].stdout.readline()))
+  finally:
+    for p in started:
+      p.kill()
+  return [row(*entry) for entry in zip(specs, facts, turns, strict=True)]
+
+
+def row(spec: str, facts: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]:
+  engine, case, dtype = spec.split(':')
+  times = sorted(t for turn in turns for t in turn['times'])
+  tokens = CASES[case]['batch'] * CASES[case]['context']
+  speed = tokens / times[0]
+  return {
+    'case': case,
+    'engine': engine,
+    'dtype': dtype,
+    **facts,
+    'step_ms': 1e3 * times[0],
+    'step_ms_median': 1e3 * times[len(times) // 2],
+    'tokens_per_second': speed,
+    'mfu': speed * facts['flops_per_token'] / facts['peak_flops'] if 'peak_flops' in facts else None,
+    'peak_bytes': max(turn['peak_bytes'] for turn in turns),
+    'steps': len(times),
+  }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  lines = ['case    engine  dtype      step ms  median  tokens/s    MFU  compile s  peak MiB  of torch']
+  for r in rows:
+    torch = next((o for o in rows if o['case'] == r['case'] and o['engine'] == 'torch'), None)
+    ratio = f'{r["tokens_per_second"] / torch["tokens_per_second"]:.2f}x' if torch else '–'
+    mfu = f'{r["mfu"]:.0%}' if r['mfu'] else '–'
+    compiled = f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '–'
+    lines.append(
+      f'{r["case"]:7} {r["engine"]:7} {r["dtype"]:9} {r["step_ms"]:8.1f} {r["step_ms_median"]:7.1f} '
+      f'{r["tokens_per_second"]:9,.0f} {mfu:>6} {compiled:>10} {r["peak_bytes"] / 2**20:9,.0f} {ratio:>9}'
+    )
+  return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+  if _WORKER.value:
+    work(_WORKER.value)
+    return
+  unknown = sorted(set(_CASES.value) - set(CASES)) + sorted(set(_DTYPES.value) - {'float32', 'bfloat16'})
+  if unknown or len(argv) > 1:
+    sys.exit(f'error: {unknown + argv[1:]}: --cases of {", ".join(CASES)}; --dtypes of float32, bfloat16')
+  with_torch = _TORCH.value == 'yes'
+  if _TORCH.value == 'auto':
+    import importlib.util
+
+    with_torch = importlib.util.find_spec('torch') is not None
+  rows = []
+  for case in _CASES.value:
+    specs = [f'jax:{case}:{dtype}' for dtype in _DTYPES.value] + ([f'torch:{case}:float32'] if with_torch else [])
+    rows += compare(specs, _ROUNDS.value, _SECONDS.value)
+  print(table(rows))
+  out = Path(_OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.write_text(json.dumps({'machine': platform.platform(), 'rows': rows}, indent=1) + '\n')
+  print(f'\n{out}')
+
+
+if __name__ == '__main__':
+  app.run(main)
