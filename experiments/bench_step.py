@@ -128,11 +128,14 @@ def work(spec: str) -> None:
 def compare(specs: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
   """Figures of each contestant; they run in turns."""
   command = [sys.executable, '-m', 'experiments.bench_step', '--worker']
-  started = [subprocess.Popen([*command, s], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for s in specs]
+  started: list[Any] = []
+  facts = []
   try:
-    facts = [json.loads(p.stdout.readline() or 'null') for p in started]
-    if None in facts:
-      raise RuntimeError(f'{specs[facts.index(None)]} did not start; what it printed is above')
+    for spec in specs:  # one after another: each compiles, and measures the machine, alone
+      started.append(subprocess.Popen([*command, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+      facts.append(json.loads(started[-1].stdout.readline() or 'null'))
+      if facts[-1] is None:
+        raise RuntimeError(f'{spec} did not start; what it printed is above')
     turns: list[list[dict[str, Any]]] = [[] for _ in specs]
     for i in range(rounds):
       for n in range(len(specs)) if i % 2 == 0 else reversed(range(len(specs))):

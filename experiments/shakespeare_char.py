@@ -4,7 +4,8 @@
 training, the rest for validation. nanoGPT's README quotes a validation loss of 1.88 nats per character, estimated on
 random batches; a run of its code gave 1.8857. Here the loss is over the whole validation text.
 
-Expected: at most 1.88. Differences that are left: bytes for characters (the text is ASCII, so the loss is the same
+Expected: at most 1.88. Measured: 1.8877 with nanoGPT's learning rate of 1e-3, so the two train alike; 1.8208 with 2e-3,
+which is the default here. Differences that are left: bytes for characters (the text is ASCII, so the loss is the same
 quantity; 256 + 128 rows of embedding for 65), LayerNorm with a bias, evaluation on all of the text.
 
     python -m experiments.shakespeare_char --config.data.sources=PATH/TO/tinyshakespeare.txt
@@ -41,7 +42,7 @@ def config() -> Config:
       positions='learned',
     ),
     data=DataConfig(sources=('tinyshakespeare.txt',), seq_len=64, batch_size=12),
-    optim=OptimConfig(learning_rate=1e-3, warmup=100, b2=0.99, final=0.1),
+    optim=OptimConfig(learning_rate=2e-3, warmup=100, b2=0.99, final=0.1),
     train=TrainConfig(steps=2000),
     eval=EvalConfig(every=500, sequences=0, samples=1, sample_tokens=60),
   )

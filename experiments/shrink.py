@@ -9,9 +9,9 @@ each see the same tokens in the same order:
     pruned+distilled   both
 
 Expected, written before the run: pruned+distilled <= pruned < distilled < scratch in held-out loss. A cut model starts
-from what the teacher knows: Minitron (arXiv 2407.14679) reports pruning plus distillation ahead of training from scratch
-at a fraction of the tokens; Hinton et al. (arXiv 1503.02531) distillation ahead of plain training. The teacher's own
-training is not in the students' tokens; its FLOPs stand in results.csv (parent_flops).
+from what the teacher knows: Minitron (arXiv 2407.14679) reports pruning plus distillation ahead of training from
+scratch at a fraction of the tokens; Hinton et al. (arXiv 1503.02531) distillation ahead of plain training. The
+teacher's own training is not in the students' tokens; its FLOPs stand in results.csv (parent_flops).
 
     make quickstart                                                  # the embedded stories: minutes on two cores
     python -m experiments.shrink --config.data.sources=FILE_OR_FOLDER --workdir=runs/shrink_text
@@ -36,19 +36,19 @@ def config() -> Config:
   """The student; the teacher is twice as deep and wide in its feed-forward blocks, and trained for longer."""
   return Config(
     model=ModelConfig(
-      vocab_size=512, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, max_len=256
+      vocab_size=1024, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, max_len=256
     ),
-    data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=128, packing='whole', batch_size=32),
-    optim=OptimConfig(learning_rate=4e-3, warmup=30),
-    train=TrainConfig(steps=300),
-    eval=EvalConfig(every=50, sequences=256),
+    data=DataConfig(tokenizer='sentencepiece', vocab_size=1024, seq_len=256, packing='whole', batch_size=8),
+    optim=OptimConfig(learning_rate=5e-3, warmup=20),
+    train=TrainConfig(steps=160),
+    eval=EvalConfig(every=40, sequences=128),
     transforms=(Distill('teacher', weight=0.5, temperature=1.0),),
   )
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
   teacher = {'model.n_layers': 2 * base.model.n_layers, 'model.d_ff': 2 * base.model.d_ff}
-  yield {'name': 'teacher', 'transforms': (), 'train.steps': 3 * base.train.steps, **teacher}
+  yield {'name': 'teacher', 'transforms': (), 'train.steps': 2 * base.train.steps, **teacher}
   for seed in seeds(SEEDS):
     yield {'name': 'scratch', 'transforms': (), **seed}
     yield {'name': 'distilled', **seed}

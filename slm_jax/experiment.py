@@ -29,7 +29,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   every: int = 200  # steps; the last step is always evaluated
-  sequences: int = 256  # of the valid split, the first ones; 0: all
+  sequences: int = 256  # of the valid split, at even distances; 0: all
   samples: int = 2  # texts written at the end
   sample_tokens: int = 96
   temperature: float = 1.0

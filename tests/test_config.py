@@ -168,7 +168,20 @@ def _another(config: Config, key: str, value: Any) -> Any:
     return value + 1
   if isinstance(value, tuple):
     return (*value, value[0] if value else '1')
-  for candidate in ('none', 'layer', 'gelu', 'learned', 'bfloat16', 'full', 'skip', 'whole', 'muon', 'linear', 'other'):
+  for candidate in (
+    'none',
+    'layer',
+    'gelu',
+    'learned',
+    'bfloat16',
+    'full',
+    'skip',
+    'whole',
+    'muon',
+    'linear',
+    'sentencepiece',
+    'other',
+  ):
     try:
       if candidate != value and override(config, {key: candidate}) != config:
         return candidate

@@ -30,7 +30,7 @@ class Report:
     self.errors = errors
     self.count = 0
     self.places: list[str] = []  # 'file:line: what', the first LISTED
-    self.ignored: list[str] = []  # files of a folder that hold no text that we can read
+    self.left_out: dict[str, None] = {}  # files that hold no text, or none that we can read; each once, in order
 
   def skip(self, where: str, what: str) -> None:
     """A record that cannot be used; there is nothing to replace it with."""
@@ -80,7 +80,7 @@ def _text(file: Any, path: Path, report: Report) -> Iterator[Document]:
   if text:
     yield Document(text)
   elif text == '':
-    report.ignored.append(f'{path} (empty)')
+    report.left_out[f'{path} (empty)'] = None
 
 
 def _lines(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:

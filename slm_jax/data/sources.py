@@ -76,8 +76,8 @@ def _open(name: str, role: Role, config: DataConfig, key: str) -> Source:
     return Source(name, role, {'all': _reader(files, config)}, _hash_files({'all': files}))
   if name.startswith('hf:'):
     return _hub(name, role, config, key)
-  splits, ignored = _find(name, key)
-  readers = {split: _reader(files, config, ignored) for split, files in splits.items()}
+  splits, left_out = _find(name, key)
+  readers = {split: _reader(files, config, left_out) for split, files in splits.items()}
   return Source(name, role, readers, _hash_files(splits))
 
 
@@ -128,10 +128,10 @@ def _limited(found: Iterator[Document], config: DataConfig) -> Iterator[Document
 
 
 def _reader(
-  files: list[Path], config: DataConfig, ignored: Sequence[str] = ()
+  files: list[Path], config: DataConfig, left_out: Sequence[str] = ()
 ) -> Callable[[Report], Iterator[Document]]:
   def read(report: Report) -> Iterator[Document]:
-    report.ignored = list(ignored)
+    report.left_out |= dict.fromkeys(left_out)
     for file in files:
       yield from records.read(file, config.text_field, report)
 
@@ -232,7 +232,7 @@ def _hub(name: str, role: Role, config: DataConfig, key: str) -> Source:
   try:
     found = datasets.load_dataset(path, subset or None)
   except Exception as error:  # whatever the hub, the network or a builder says
-    raise ConfigError(f'{key}={name!r}: {type(error).__name__}: {str(error).splitlines()[0]}') from error
+    raise ConfigError(f'{key}={name!r}: {" ".join(repr(error).split())[:300]}') from error
   parts = {'valid' if split in ('valid', 'validation', 'dev') else split: part for split, part in found.items()}
   require('train' in parts, f'{key}={name!r}: no train split; there is: {", ".join(found)}')
   parts = {split: parts[split] for split in ('train', 'valid') if split in parts}

@@ -22,7 +22,7 @@ from slm_jax.data import folder, packing, sources
 from slm_jax.data.config import DataConfig
 from slm_jax.data.folder import MANIFEST
 from slm_jax.data.packing import Piece
-from slm_jax.data.records import Document, Report
+from slm_jax.data.records import LISTED, Document, Report
 from slm_jax.data.sources import Source
 from slm_jax.data.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, key: dict[s
     'wide': wide,
     'splits': splits,
     'bad': {'count': report.count, 'places': report.places},
-    'left_out': {'count': len(report.ignored), 'places': report.ignored},
+    'left_out': {'count': len(report.left_out), 'places': list(report.left_out)[:LISTED]},
     'versions': {name: version(name) for name in ('array_record', 'sentencepiece', 'numpy')},
   }
 

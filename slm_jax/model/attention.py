@@ -25,16 +25,44 @@ def attention(
   """softmax(scale * q k^T) v over the slots low..high of each query; float32 softmax; returns [B,T,H,K].
 
   Query heads h*R..h*R+R-1 share key/value head h (R = H/G); the shared heads are never copied. The leading axis of
-  `low` and `high` may be 1. An empty interval is not allowed.
+  `low` and `high` may be 1. An empty interval is not allowed, nor one that ends after the query's own slot.
+
+  Where queries and keys are the same tokens, they are taken in a few blocks, and a block's keys end where its queries
+  do: of the square that causality leaves half empty, five eighths are computed.
   """
+  t, s = q_BTHK.shape[1], k_BSGK.shape[1]
+  blocks = 4 if t == s and t % 4 == 0 and t >= 128 else 1
+  width, out = t // blocks, []
+  for end in range(width, t + 1, width):
+    rows, keys = slice(end - width, end), slice(0, end if blocks > 1 else s)
+    part = _attend(q_BTHK[:, rows] * scale, k_BSGK[:, keys], v_BSGK[:, keys], low_BT[:, rows], high_BT[:, rows])
+    out.append(part)
+  return jnp.concatenate(out, axis=1) if blocks > 1 else out[0]
+
+
+def _attend(
+  q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, low_BT: jax.Array, high_BT: jax.Array
+) -> jax.Array:
+  """One block. The mask is added, and the division comes last, on the smaller array: fewer passes over the scores."""
   (b, t, h, k), (s, g) = q_BTHK.shape, k_BSGK.shape[1:3]
-  q_BTGRK = (q_BTHK * scale).reshape(b, t, g, h // g, k)
-  scores_BGRTS = jnp.einsum('btgrk,bsgk->bgrts', q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-  slot_BTS = jnp.arange(s)[None, None]
-  seen_BTS = (low_BT[..., None] <= slot_BTS) & (slot_BTS <= high_BT[..., None])
-  scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -jnp.inf)
-  weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-  return jnp.einsum('bgrts,bsgk->btgrk', weights_BGRTS, v_BSGK).reshape(b, t, h, k)
+  r = h // g
+  slot_11S = jnp.arange(s)[None, None]
+  seen_BTS = (low_BT[..., None] <= slot_11S) & (slot_11S <= high_BT[..., None])
+  bias_B11TS = jnp.where(seen_BTS, 0.0, -1e30)[:, None, None]
+
+  q_BGRTK = jnp.moveaxis(q_BTHK.reshape(b, t, g, r, k), 1, 3)
+  k_BGSK, v_BGSK = jnp.moveaxis(k_BSGK, 1, 2), jnp.moveaxis(v_BSGK, 1, 2)
+  # The R heads and T queries of a group are the rows of one matrix product.
+  scores_BGNS = jnp.einsum(
+    'bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK, preferred_element_type=jnp.float32
+  )
+  scores_BGRTS = scores_BGNS.reshape(b, g, r, t, s) + bias_B11TS
+  peak_BGRT1 = jax.lax.stop_gradient(scores_BGRTS.max(-1, keepdims=True))
+  weights_BGRTS = jnp.exp(scores_BGRTS - peak_BGRT1)
+  total_BGRT = weights_BGRTS.sum(-1)
+  z_BGNK = jnp.einsum('bgns,bgsk->bgnk', weights_BGRTS.reshape(b, g, r * t, s).astype(v_BSGK.dtype), v_BGSK)
+  z_BGRTK = z_BGNK.reshape(b, g, r, t, k) / total_BGRT[..., None].astype(v_BSGK.dtype)
+  return jnp.moveaxis(z_BGRTK, 3, 1).reshape(b, t, h, k)
 
 
 class Cache(NamedTuple):

@@ -64,7 +64,7 @@ def test_a_text_file_is_a_document_byte_for_byte(tmp_path):
   write(tmp_path / 'picture.png', b'\x89PNG')
   found, report = everything(tmp_path)
   assert found == [texts[name] for name in ('a.txt', 'b.md', 'd.txt.gz', 'sub/c.py')]
-  assert [Path(p).name for p in report.ignored] == ['picture.png']
+  assert [Path(p).name for p in report.left_out] == ['picture.png']
   assert ''.join(everything(tmp_path / '**/*.py')[0]) == 'pass'
 
 
@@ -212,10 +212,18 @@ def test_files_named_by_split_are_the_splits(tmp_path):
     write(tmp_path / name, lines(name))
   texts, report = read(tmp_path)
   assert texts == {'train': names[1::-1], 'valid': ['validation.jsonl']}
-  assert [Path(p).name for p in report.ignored] == ['index.jsonl', 'values.txt']
+  assert [Path(p).name for p in report.left_out] == ['index.jsonl', 'values.txt']
   assert read(tmp_path / '*.jsonl')[0] == texts
   (tmp_path / 'validation.jsonl').unlink()
   assert read(tmp_path)[0] == {'train': names[1:2], 'valid': names[0:1]}  # the last part of the training files
+
+
+def test_what_is_left_out_is_told_once_for_all_splits(tmp_path):
+  for name, text in {'train1.txt': 'a', 'train2.txt': '', 'valid1.txt': 'b', 'valid2.txt': '', 'x.png': ''}.items():
+    write(tmp_path / name, text)
+  _, report = read(tmp_path)
+  assert [Path(p).name for p in report.left_out] == ['x.png', 'train2.txt (empty)', 'valid2.txt (empty)']
+  assert report.count == 0
 
 
 def test_valid_sources_replace_a_sources_own(tmp_path):
@@ -329,4 +337,4 @@ def test_tinyshakespeare_is_split_as_published():
 def test_books_come_with_their_splits():
   texts, report = read(DATA / 'books')
   assert {split: len(part) for split, part in texts.items()} == {'train': 2331, 'valid': 189}
-  assert [Path(p).name for p in report.ignored] == ['index.jsonl']
+  assert [Path(p).name for p in report.left_out] == ['index.jsonl']
