@@ -17,10 +17,12 @@ teacher's own training is not in the students' tokens; its FLOPs stand in result
     python -m experiments.shrink --config.data.sources=FILE_OR_FOLDER --workdir=runs/shrink_text
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import launch
+from slm_jax.ablate import stats
+from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import seeds
 from slm_jax.data.config import DataConfig
 from slm_jax.distill.online import Distill
@@ -40,7 +42,7 @@ def config() -> Config:
     ),
     data=DataConfig(tokenizer='sentencepiece', vocab_size=1024, seq_len=256, packing='whole', batch_size=8),
     optim=OptimConfig(learning_rate=5e-3, warmup=20),
-    train=TrainConfig(steps=160),
+    train=TrainConfig(steps=120),
     eval=EvalConfig(every=40, sequences=128),
     transforms=(Distill('teacher', weight=0.5, temperature=1.0),),
   )
@@ -48,12 +50,25 @@ def config() -> Config:
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
   teacher = {'model.n_layers': 2 * base.model.n_layers, 'model.d_ff': 2 * base.model.d_ff}
-  yield {'name': 'teacher', 'transforms': (), 'train.steps': 2 * base.train.steps, **teacher}
+  yield {'name': 'teacher', 'transforms': (), 'train.steps': 5 * base.train.steps, **teacher}
   for seed in seeds(SEEDS):
     yield {'name': 'scratch', 'transforms': (), **seed}
     yield {'name': 'distilled', **seed}
     yield {'name': 'pruned', 'transforms': (), 'init': InitConfig('teacher'), **seed}
     yield {'name': 'pruned+distilled', 'init': InitConfig('teacher'), **seed}
+
+
+def report(rows: Sequence[Row]) -> str:
+  """What became of the expectation, one paired comparison a line."""
+  losses: dict[str, dict[Hashable, float]] = {}
+  for row in rows:
+    losses.setdefault(row.name, {})[row.seeds] = row.summary['loss']
+  lines = []
+  for better, worse in (('pruned+distilled', 'pruned'), ('pruned', 'distilled'), ('distilled', 'scratch')):
+    difference = stats.paired(losses[better], losses[worse])
+    shown = stats.digits(difference.mean, difference.half, '+')
+    lines.append(f'- {better} < {worse}: {shown} nats, n={difference.n}: {stats.expectation(difference)}')
+  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

@@ -79,6 +79,8 @@ def run_all(plan: Plan, fail_fast: bool, train: local.Train | None) -> int:
     print(f'\n{plan.workdir / "report.html"}')
     return EXIT_DONE
   print(f'{plan.name}: {n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
+  if train is None:
+    local.preflight(plan.arms, plan.workdir)
   with workdirs.lock(plan.workdir):
     plan.record()
     code = local.run_arms(plan.arms, plan.workdir, train=train, fail_fast=fail_fast)

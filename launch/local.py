@@ -1,6 +1,7 @@
 """The engine 'local': the arms one after another, in this process."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -51,6 +52,29 @@ def run_arms(
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
   return EXIT_DONE if all(workdirs.is_done(workdir, arm.arm_id) for arm in arms) else EXIT_FAILED
+
+
+def preflight(arms: Sequence[Arm], workdir: Path) -> None:
+  """ConfigError if the data or the devices cannot serve an arm; then `workdir` is as it was.
+
+  Tokenises what is not tokenised yet: a text that cannot be read shows before the first arm starts, not after hours.
+  """
+  from slm_jax import perf, train
+
+  perf.keep_freed_memory()  # this is the first to use the devices
+  seen = set()
+  try:
+    for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
+      data = dataclasses.replace(config.data, seed=0)
+      key = (data, config.model.vocab_size, config.run, config.train.accumulate)
+      if key not in seen:
+        train.inputs(config, workdir)
+      seen.add(key)
+  except ConfigError:
+    for folder in (workdir / 'data', workdir):  # what a failed attempt may leave
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
 
 
 def _run_arm(arm: Arm, workdir: Path, train: Train | None) -> int:

@@ -95,6 +95,7 @@ class Resources(NamedTuple):
   """What the configuration of a transform may need to build it."""
 
   steps: int  # of the whole run, for schedules
+  seq_len: int  # for the books
   load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
 
 

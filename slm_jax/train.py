@@ -55,6 +55,7 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
   folder = workdir / 'arms' / arm_id
   if (folder / 'DONE').exists():
     return EXIT_DONE
+  perf.keep_freed_memory()  # before anything is computed
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / 'config.json', configs.to_dict(config))
   record = {'arm_id': arm_id, 'name': config.name, 'started': _now(), **perf.environment()}
@@ -65,7 +66,6 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
 
   write_json(folder / 'run.json', {**record, 'status': 'running'})
   perf.cache_compilations(workdir / 'cache')
-  perf.keep_freed_memory()
   try:
     with Preemption() as stop:
       with stop.at_once():  # nothing to lose yet
@@ -84,15 +84,18 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
   return EXIT_DONE
 
 
-def prepare(config: Config, workdir: Path, folder: Path) -> Job:
-  """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
-  # ---- data
-  dataset = open_data(config.data, workdir / 'data', logging.info)
-  dataset.tokenizer.check_vocabulary(config.model.vocab_size)
-
-  # ---- devices
+def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
+  """Data and devices. What is wrong with them shows here; a launcher calls this before it writes anything of an arm."""
   mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
   sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
+  dataset = open_data(config.data, workdir / 'data', logging.info)
+  dataset.tokenizer.check_vocabulary(config.model.vocab_size)
+  return dataset, mesh
+
+
+def prepare(config: Config, workdir: Path, folder: Path) -> Job:
+  """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
+  dataset, mesh = inputs(config, workdir)
 
   def load(arm_id: str) -> tuple[Model, Params]:
     model_config, params, record = load_model(workdir / 'arms' / arm_id / 'model')
@@ -101,7 +104,7 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
 
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  built = [spec.build(Resources(config.train.steps, load)) for spec in config.transforms]
+  built = [spec.build(Resources(config.train.steps, config.data.seq_len, load)) for spec in config.transforms]
   transform = chain(*(part for part, _ in built))
   frozen = {name: tree for _, its in built for name, tree in its.items()}
   optim = optimizer(config.optim, config.train.steps)

@@ -58,6 +58,13 @@ def verdict(difference: Interval, unit: str = 'nats') -> str:
   )
 
 
+def expectation(difference: Interval) -> str:
+  """What became of 'less than': a paired difference is expected to be negative, and its 95 % interval decides."""
+  if not difference.n > 1 or abs(difference.mean) <= difference.half:
+    return 'CANNOT TELL'
+  return 'REPRODUCED' if difference.mean < 0 else 'NOT REPRODUCED'
+
+
 def digits(mean: float, half: float, sign: str = '') -> str:
   """`0.0213 ± 0.0061`: as many decimals as the interval's second digit, and at most five."""
   decimals = 4 if not math.isfinite(half) else 5 if half <= 0 else min(5, max(0, 1 - math.floor(math.log10(half))))

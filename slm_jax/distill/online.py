@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from slm_jax.config import require, setting
 from slm_jax.losses import Term
 from slm_jax.model.api import Model
+from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Resources, Transform, TransformConfig
 
 
@@ -28,7 +29,8 @@ class Distill(TransformConfig):
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     teacher, params = resources.load(self.teacher)
-    return distill(teacher, self.weight, self.temperature), {'teacher': params}
+    forward = flops_per_token(teacher.config, resources.seq_len, backward=False)
+    return distill(teacher, self.weight, self.temperature)._replace(flops=forward), {'teacher': params}
 
 
 def distill(teacher: Model, weight: float, temperature: float) -> Transform:

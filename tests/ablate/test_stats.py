@@ -79,3 +79,12 @@ def test_the_detectable_effect_is_detected_4_times_in_5():
 )
 def test_verdicts(differences, words):
   assert stats.verdict(stats.interval(differences)) == words
+
+
+def test_an_expectation_is_met_missed_or_open():
+  def of(*values):
+    return stats.expectation(stats.interval(values))
+
+  assert of(-1.0, -1.1, -0.9) == 'REPRODUCED'
+  assert of(1.0, 1.1, 0.9) == 'NOT REPRODUCED'
+  assert of(-1.0, 1.1, -0.9) == of(-1.0) == of() == 'CANNOT TELL'
