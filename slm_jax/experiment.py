@@ -7,6 +7,7 @@ import dataclasses
 
 from slm_jax.config import require, setting
 from slm_jax.data.config import DataConfig
+from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig
 from slm_jax.step import TransformConfig
@@ -90,6 +91,11 @@ class Config:
     require(
       data.batch_size % train.accumulate == 0,
       f'{key}.data.batch_size={data.batch_size}: not divisible by train.accumulate={train.accumulate}',
+    )
+    tokens = Bytes.vocab_size if data.tokenizer == 'bytes' else 0 if data.tokenizer_file else data.vocab_size
+    require(
+      tokens <= self.model.vocab_size,
+      f'{key}.model.vocab_size={self.model.vocab_size}: too small for the {tokens} tokens of {data.tokenizer}',
     )
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')

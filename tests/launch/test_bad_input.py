@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from slm_jax.ablate.workdir import Experiment, write_experiment
+
 ROOT = Path(__file__).parents[2]
 
 CASES = {
@@ -22,10 +24,10 @@ CASES = {
   'accumulation': (['--config.train.accumulate=5'], 'batch_size=12: not divisible by train.accumulate=5'),
   'devices': (['--config.data.batch_size=10'], 'batch_size=10: not divisible by .* x 4 data-parallel devices'),
   'mesh': (['--config.run.fsdp=3'], 'run.fsdp=3, run.tensor=1: 3 does not divide the 4 devices'),
-  'vocabulary': (['--config.model.vocab_size=200'], 'vocab_size=200.*259'),
+  'vocabulary': (['--config.model.vocab_size=200'], 'model.vocab_size=200: too small for the 259 tokens of bytes'),
   'no such file': (['--config.data.sources=nowhere.txt'], 'nowhere.txt'),
   'empty corpus': (['--config.data.sources=empty.txt'], 'empty.txt'),
-  'not UTF-8': (['--config.data.sources=latin.txt'], 'latin.txt.*byte 4'),
+  'not UTF-8': (['--config.data.sources=latin.txt'], 'latin.txt: not UTF-8 at byte offset 3'),
   'not a record': (['--config.data.sources=lines.jsonl'], 'lines.jsonl.*2'),
   'experiment of another workdir': (['--workdir=taken'], "holds the experiment 'another'"),
 }
@@ -38,7 +40,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path):
   (tmp_path / 'latin.txt').write_bytes(b'Caf\xe9 ' * 100)
   (tmp_path / 'lines.jsonl').write_text('{"text": "fine"}\nnot JSON\n')
   (tmp_path / 'taken').mkdir()
-  (tmp_path / 'taken' / 'experiment.json').write_text('{"format": 1, "name": "another", "arms": []}')
+  write_experiment(tmp_path / 'taken', Experiment('another'))
   before = sorted(tmp_path.rglob('*'))
 
   arguments, message = CASES[case]

@@ -1,0 +1,86 @@
+"""Evaluation against models whose numbers are known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import toy_batch, toy_model
+
+from slm_jax.evaluate import evaluate, make_eval_step
+
+VOCAB = 11
+LENGTHS = np.array([0, 1, 2, 3, 1, 1, 1, 4, 1, 1, 1], np.float32)
+
+
+def measure(params, batches, chunk=10_000, model=None):
+  step = make_eval_step(model or toy_model(vocab=VOCAB), LENGTHS, chunk)
+  return evaluate(step, params, batches, lambda: None)
+
+
+def params():
+  return toy_model(vocab=VOCAB).init(jax.random.PRNGKey(0))
+
+
+def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess():
+  uniform = {**params(), 'head': jnp.zeros((8, VOCAB))}
+  batch = toy_batch(0)
+  result = measure(uniform, [batch])
+  mask = np.asarray(batch['mask'])
+  count, n_bytes = mask.sum(), (LENGTHS[np.asarray(batch['targets'])] * mask).sum()
+  assert result['loss'] == pytest.approx(math.log(VOCAB), rel=1e-6)
+  assert result['perplexity'] == pytest.approx(VOCAB, rel=1e-5)
+  assert result['bits_per_byte'] == pytest.approx(math.log2(VOCAB) * count / n_bytes, rel=1e-5)
+  assert result['tokens_evaluated'] == count
+  # argmax of equal logits is token 0: right as often as that is the target, confident by 1/V
+  hits = ((np.asarray(batch['targets']) == 0) * mask).sum() / count
+  assert result['accuracy'] == pytest.approx(hits)
+  assert result['ece'] == pytest.approx(abs(hits - 1 / VOCAB), abs=1e-6)
+
+
+def test_calibration_error_is_the_definition():
+  batch = toy_batch(1, b=16, t=20)
+  model, p = toy_model(vocab=VOCAB), params()
+  p['head'] = 4 * p['head']
+  probability = jax.nn.softmax(model.head(p, model.hidden(p, batch)))
+  confidence, guess = np.asarray(probability.max(-1)), np.asarray(probability.argmax(-1))
+  mask = np.asarray(batch['mask']) > 0
+  confidence, right = confidence[mask], (guess == np.asarray(batch['targets']))[mask]
+  expected = 0.0
+  for low in np.arange(15) / 15:
+    inside = (confidence >= low) & (confidence < low + 1 / 15)
+    if inside.any():
+      expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+  assert measure(p, [batch])['ece'] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize('chunk', [1, 13, 40])
+def test_chunks_and_batches_do_not_matter(chunk):
+  whole = toy_batch(0, b=8)
+  halves = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
+  expected = measure(params(), [whole])
+  assert measure(params(), [whole], chunk) == pytest.approx(expected, rel=1e-5)
+  assert measure(params(), halves) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_rows_do_not_count():
+  batch = toy_batch(0)
+  padded = {k: jnp.pad(v, ((0, 5), (0, 0))) for k, v in batch.items()}
+  assert measure(params(), [padded]) == pytest.approx(measure(params(), [batch]), rel=1e-5)
+
+
+def test_poll_is_asked_before_every_batch_and_may_stop():
+  class Stop(Exception):
+    pass
+
+  calls = []
+
+  def poll():
+    calls.append(1)
+    if len(calls) == 2:
+      raise Stop
+
+  step = make_eval_step(toy_model(vocab=VOCAB), LENGTHS, 1000)
+  with pytest.raises(Stop):
+    evaluate(step, params(), [toy_batch(0), toy_batch(1)], poll)

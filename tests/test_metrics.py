@@ -1,0 +1,73 @@
+"""metrics.jsonl: flushed line by line, exact after a restart, never at the mercy of a sink."""
+
+import json
+import math
+
+import pytest
+
+from slm_jax import metrics
+from slm_jax.config import ConfigError
+
+
+def open_log(path, step=0, sinks=()):
+  warnings = []
+  return metrics.MetricLog(path, step, sinks, warnings.append), warnings
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+  log, _ = open_log(tmp_path / 'metrics.jsonl')
+  log.write(1, 'train', {'loss': 2.5})
+  assert list(metrics.read(tmp_path / 'metrics.jsonl')) == [{'step': 1, 'kind': 'train', 'loss': 2.5}]
+
+
+def test_a_restart_drops_what_comes_after_its_step_and_a_torn_line(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  log, _ = open_log(path)
+  for step in range(5):
+    log.write(step, 'eval' if step == 2 else 'train', {'loss': float(step)})
+  log.close()
+  with open(path, 'a') as file:
+    file.write('{"step": 3, "ki')
+  log, _ = open_log(path, step=2)
+  log.write(3, 'train', {'loss': 9.0})
+  assert [(line['step'], line['loss']) for line in metrics.read(path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 9.0)]
+  assert list(log.evaluated) == [2]
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+  log, _ = open_log(tmp_path / 'metrics.jsonl')
+  log.write(1, 'train', {'loss': math.nan, 'grad_norm': math.inf, 'total': 1.0})
+  line = json.loads((tmp_path / 'metrics.jsonl').read_text(), parse_constant=pytest.fail)
+  assert (line['loss'], line['grad_norm'], line['total']) == (None, None, 1.0)
+
+
+def test_a_failing_sink_is_switched_off_and_the_others_go_on(tmp_path):
+  seen = []
+
+  def fails(step, kind, values):
+    raise ConnectionError('no network')
+
+  log, warnings = open_log(tmp_path / 'metrics.jsonl', sinks=(fails, lambda *args: seen.append(args)))
+  log.write(1, 'train', {'loss': 1.0})
+  log.write(2, 'train', {'loss': 2.0})
+  assert len(warnings) == 1
+  assert 'no network' in warnings[0]
+  assert [step for step, _, _ in seen] == [1, 2]
+  assert len(list(metrics.read(tmp_path / 'metrics.jsonl'))) == 2
+
+
+def test_tensorboard_writes_events(tmp_path):
+  pytest.importorskip('tensorboardX')
+  log, warnings = open_log(tmp_path / 'metrics.jsonl', sinks=(metrics.tensorboard(tmp_path / 'events'),))
+  log.write(1, 'train', {'loss': 1.0})
+  assert not warnings
+  (event_file,) = (tmp_path / 'events').iterdir()
+  assert b'train/loss' in event_file.read_bytes()
+
+
+def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch):
+  import sys
+
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ConfigError, match=r"pip install 'slm_jax\[wandb\]'"):
+    metrics.wandb(tmp_path, 'id', 'name', {})

@@ -1,0 +1,151 @@
+"""A whole run: what it leaves behind, and what the numbers in it mean."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from slm_jax import metrics, train
+from slm_jax.checkpoint import load_model
+from slm_jax.config import ConfigError
+from slm_jax.data.config import DataConfig
+from slm_jax.data.dataset import open_data
+from slm_jax.distill.online import Distill
+from slm_jax.ema import Ema
+from slm_jax.evaluate import evaluate, make_eval_step
+from slm_jax.experiment import InitConfig
+from slm_jax.model import decoder
+from slm_jax.model.flops import flops_per_token, parameter_count
+from slm_jax.preempt import EXIT_DONE, EXIT_FAILED
+from slm_jax.prune.magnitude import Prune
+
+SHAKESPEARE = Path(__file__).parents[1] / '../shared/data/tinyshakespeare.txt'
+
+
+def small(**changes):
+  return dataclasses.replace(tiny.config(20), **changes)
+
+
+def run_json(workdir, arm):
+  return json.loads((workdir / 'arms' / arm / 'run.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def family(tmp_path_factory):
+  """A teacher and the students that build on it."""
+  workdir = tmp_path_factory.mktemp('family')
+  teacher = small(name='teacher', transforms=())
+  smaller = dataclasses.replace(teacher.model, n_layers=1, d_ff=16)
+  arms = {
+    'teacher': teacher,
+    'distilled': small(name='distilled', model=smaller, transforms=(Distill('teacher', 0.5, 2.0),)),
+    'cut': small(name='cut', model=smaller, transforms=(), init=InitConfig('teacher')),
+    'both': small(name='both', transforms=(Distill('teacher', 0.5), Prune(0.5, 'global', every=2), Ema(0.5))),
+  }
+  for name, config in arms.items():
+    assert train.run(config, workdir, name) == EXIT_DONE
+  return workdir, arms
+
+
+def test_what_a_run_leaves(family):
+  workdir, _ = family
+  folder = workdir / 'arms' / 'teacher'
+  left = {path.name for path in folder.iterdir()}
+  assert {'config.json', 'run.json', 'metrics.jsonl', 'checkpoints', 'model', 'samples.json', 'DONE'} <= left
+  record = run_json(workdir, 'teacher')
+  assert record['status'] == 'done'
+  assert record['git'].keys() == {'commit', 'dirty'}
+  assert record['packages']['jax'] == jax.__version__
+  lines = list(metrics.read(folder / 'metrics.jsonl'))
+  assert [line['step'] for line in lines if line['kind'] == 'eval'] == [0, 10, 20]
+  losses = [line['loss'] for line in lines if line['kind'] == 'eval']
+  assert losses[-1] < losses[0] - 1
+
+
+def test_the_saved_model_alone_gives_the_reported_loss(family):
+  """Also where what is evaluated is a masked average of the parameters."""
+  workdir, arms = family
+  for name in ('teacher', 'both'):
+    config, params, record = load_model(workdir / 'arms' / name / 'model')
+    dataset = open_data(arms[name].data, workdir / 'data', print)
+    assert record['tokenizer'] == dataset.tokenizer.fingerprint
+    step = make_eval_step(decoder.build(config), dataset.tokenizer.byte_lengths, 2048)
+    batches = dataset.valid_batches(8, arms[name].eval.sequences)
+    again = evaluate(step, params, batches, lambda: None)
+    assert again['loss'] == pytest.approx(run_json(workdir, name)['summary']['loss'], rel=1e-5)
+
+
+def test_flops_charge_the_teacher(family):
+  workdir, arms = family
+  t = arms['teacher'].data.seq_len
+  teacher = flops_per_token(arms['teacher'].model, t, backward=False)
+  summary = run_json(workdir, 'distilled')['summary']
+  assert summary['flops'] == pytest.approx(summary['tokens'] * (flops_per_token(arms['distilled'].model, t) + teacher))
+  assert summary['parent_flops'] == run_json(workdir, 'teacher')['summary']['flops']
+  assert summary['parameters'] == parameter_count(arms['distilled'].model)
+  assert run_json(workdir, 'cut')['summary']['parent_flops'] == summary['parent_flops']
+
+
+def test_a_cut_model_starts_where_its_parent_is_strong(family):
+  workdir, _ = family
+
+  def first(arm):
+    return next(metrics.read(workdir / 'arms' / arm / 'metrics.jsonl'))['loss']
+
+  assert first('cut') < first('distilled')
+
+
+def test_a_pruned_average_is_sparse(family):
+  workdir, _ = family
+  _, params, _ = load_model(workdir / 'arms' / 'both' / 'model')
+  names = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+  zero = sum(int((np.asarray(params['layers'][n]) == 0).sum()) for n in names)
+  assert zero <= 0.5 * sum(params['layers'][n].size for n in names)
+  state_density = [
+    line['density'] for line in metrics.read(workdir / 'arms' / 'both' / 'metrics.jsonl') if 'density' in line
+  ]
+  assert state_density[0] == 1
+  assert state_density[-1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_teacher_that_speaks_another_language_is_refused(family, capsys):
+  workdir, arms = family
+  data = dataclasses.replace(arms['distilled'].data, tokenizer='sentencepiece', vocab_size=340)
+  other = dataclasses.replace(arms['distilled'], data=data)
+  assert train.run(other, workdir, 'other') == EXIT_FAILED
+  error = run_json(workdir, 'other')['error']
+  assert 'arm teacher' in error
+  assert '\n' not in error
+
+
+def test_a_missing_parent_is_named(tmp_path):
+  assert train.run(small(transforms=(Distill('nobody'),)), tmp_path, 'orphan') == EXIT_FAILED
+  assert 'nobody' in run_json(tmp_path, 'orphan')['error']
+
+
+def test_a_damaged_model_is_refused(family, tmp_path):
+  import shutil
+
+  workdir, _ = family
+  shutil.copytree(workdir / 'arms' / 'teacher' / 'model', tmp_path / 'model')
+  for path in (tmp_path / 'model' / 'params').rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 1
+      path.write_bytes(data)
+  with pytest.raises(ConfigError, match='damaged model'):
+    load_model(tmp_path / 'model')
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason='needs ../shared/data/tinyshakespeare.txt')
+def test_a_run_on_shakespeare(tmp_path):
+  config = tiny.config(150)
+  data = DataConfig(sources=(str(SHAKESPEARE),), seq_len=64, batch_size=16)
+  assert train.run(dataclasses.replace(config, data=data), tmp_path, 'tiny') == EXIT_DONE
+  summary = run_json(tmp_path, 'tiny')['summary']
+  assert summary['loss'] < 3.2  # a unigram of its characters has 3.3
+  assert summary['floor'] is None
