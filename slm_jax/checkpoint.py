@@ -5,7 +5,6 @@ bit. A checkpoint that cannot be read, or whose checksum is wrong, is set aside 
 used. Nothing is pickled.
 """
 
-import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from slm_jax.config import ConfigError, from_dict, to_dict
-from slm_jax.files import write_json
+from slm_jax.files import disk_errors, write_json
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
 
@@ -48,7 +47,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    with _disk_errors(self._folder):
+    with disk_errors(self._folder):
       try:
         self._manager.wait_until_finished()
       finally:
@@ -60,7 +59,7 @@ class Checkpoints:
       return
     record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    with _disk_errors(self._folder):
+    with disk_errors(self._folder):
       self._manager.save(step, args=items, metrics=None if loss is None else {'loss': loss})
 
   def latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -104,31 +103,12 @@ def _bits(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-class _disk_errors:
-  """Turns 'no space left' into one line that names the folder."""
-
-  def __init__(self, folder: Path):
-    self._folder = folder
-
-  def __enter__(self) -> None:
-    pass
-
-  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    seen = error
-    while seen is not None:
-      if getattr(seen, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(seen):
-        raise ConfigError(
-          f'{self._folder}: disk full; the checkpoint was not written, the one before it is intact'
-        ) from error
-      seen = seen.__cause__ or seen.__context__
-
-
 # ------------------------------------------------------------------------------------------------- finished models
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params, record: dict[str, Any]) -> None:
   """A finished model: parameters, and model.json, from which alone it can be built again."""
-  with _disk_errors(folder), ocp.StandardCheckpointer() as writer:
+  with disk_errors(folder), ocp.StandardCheckpointer() as writer:
     writer.save(folder.absolute() / 'params', params, force=True)
     writer.wait_until_finished()
   write_json(

@@ -1,9 +1,32 @@
-"""Small atomic files."""
+"""Small atomic files, and how a full disk shows."""
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from slm_jax.config import ConfigError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # as the errno of an OSError
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+  """Turns 'no space left', however deep it happened, into a ConfigError that names the folder. What was there stays."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as error:
+    seen: BaseException | None = error
+    while seen is not None:
+      if getattr(seen, 'errno', None) in DISK_FULL or 'No space left' in str(seen):
+        raise ConfigError(f'{folder}: disk full; what was written before is intact') from error
+      seen = seen.__cause__ or seen.__context__
+    raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ Nothing here knows a transform by name. What a run leaves behind, in WORKDIR/arm
 metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 """
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from slm_jax.checkpoint import Checkpoints, load_model, save_model
 from slm_jax.config import ConfigError
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.experiment import Config
-from slm_jax.files import write_json, write_text
+from slm_jax.files import disk_errors, write_json, write_text
 from slm_jax.ledger import Ledger, NotFinite
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
@@ -60,17 +61,24 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
   write_json(folder / 'config.json', configs.to_dict(config))
   record = {'arm_id': arm_id, 'name': config.name, 'started': _now(), **perf.environment()}
 
+  def report(status: str, **more: Any) -> dict[str, Any]:
+    return {**record, 'status': status, 'ended': _now(), **more}
+
   def ended(status: str, code: int, **more: Any) -> int:
-    write_json(folder / 'run.json', {**record, 'status': status, 'ended': _now(), **more})
+    with contextlib.suppress(OSError):  # the disk may be full; the launcher goes by the code
+      write_json(folder / 'run.json', report(status, **more))
     return code
 
   write_json(folder / 'run.json', {**record, 'status': 'running'})
   perf.cache_compilations(workdir / 'cache')
   try:
-    with Preemption() as stop:
+    with disk_errors(folder), Preemption() as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       summary = train(job, stop, arm_id)
+      write_json(folder / 'run.json', report('done', summary={**summary, **_cost_of_parents(config, workdir)}))
+      write_text(folder / 'DONE', '')
+    return EXIT_DONE
   except Preempted:
     return ended('preempted', EXIT_PREEMPTED)
   except (NotFinite, ConfigError) as error:
@@ -79,9 +87,6 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
   except Exception as error:
     ended('failed', EXIT_FAILED, error=f'{type(error).__name__}: {error}')
     raise
-  ended('done', EXIT_DONE, summary={**summary, **_cost_of_parents(config, workdir)})
-  write_text(folder / 'DONE', '')
-  return EXIT_DONE
 
 
 def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:

@@ -16,11 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slm_jax.config import ConfigError
-from slm_jax.files import write_json
+from slm_jax.files import disk_errors, write_json
 
 MANIFEST = 'manifest.json'
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:
@@ -38,16 +36,13 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Ca
   _sweep(folder)
   temporary = folder.with_name(f'.{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}')
   try:
-    temporary.mkdir(parents=True)
-    facts = build(temporary)
-    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / MANIFEST, {**facts, 'files': files})
-    _sync(temporary)
-    _install(temporary, folder)
-  except (OSError, RuntimeError) as error:
-    if getattr(error, 'errno', None) in _FULL or 'No space left' in str(error):  # array_record says it in words only
-      raise ConfigError(f'{folder}: cannot be written: no space left on the disk') from error
-    raise
+    with disk_errors(folder):
+      temporary.mkdir(parents=True)
+      facts = build(temporary)
+      files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+      write_json(temporary / MANIFEST, {**facts, 'files': files})
+      _sync(temporary)
+      _install(temporary, folder)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return manifest(folder)
