@@ -69,12 +69,11 @@ def tensorboard(folder: Path) -> Sink:
   except ImportError:
     raise ConfigError("run.tensorboard=True: needs the extra: pip install 'slm_jax[tensorboard]'") from None
 
-  writer = SummaryWriter(str(folder))
+  writer = SummaryWriter(str(folder), flush_secs=1)  # by default it keeps events back for two minutes
 
   def sink(step, kind, values):
     for name, value in values.items():
       writer.add_scalar(f'{kind}/{name}', value, step)
-    writer.flush()
 
   return sink
 

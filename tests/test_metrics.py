@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -62,6 +63,9 @@ def test_tensorboard_writes_events(tmp_path):
   log.write(1, 'train', {'loss': 1.0})
   assert not warnings
   (event_file,) = (tmp_path / 'events').iterdir()
+  deadline = time.monotonic() + 8  # a thread of tensorboardX writes it
+  while b'train/loss' not in event_file.read_bytes() and time.monotonic() < deadline:
+    time.sleep(0.1)
   assert b'train/loss' in event_file.read_bytes()
 
 
