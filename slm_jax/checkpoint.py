@@ -6,6 +6,7 @@ used. Nothing is pickled.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
       finally:
         self._manager.close()
+        for half in self._folder.glob('*.orbax-checkpoint-tmp'):  # a write that failed: on a full disk, its room is
+          shutil.rmtree(half, ignore_errors=True)  # needed for the record of why
 
   def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None) -> None:
     """Starts writing `state`; training goes on meanwhile. `record` is JSON; `loss` (of an evaluation) ranks 'best'."""
