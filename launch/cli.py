@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from absl import flags
 
-from launch import local
-from launch.plan import Plan, experiment_name
+from launch import worker
+from launch.engines import ENGINES, Engine, engine
+from launch.plan import Plan, experiment_name, units
 from slm_jax.ablate import report
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, base_config, expand, shown, sweeps_of
@@ -26,7 +27,7 @@ PREFIX = '--config.'
 
 
 def main(
-  module: ModuleType | None = None, argv: Sequence[str] | None = None, *, train: local.Train | None = None
+  module: ModuleType | None = None, argv: Sequence[str] | None = None, *, train: worker.Train | None = None
 ) -> NoReturn:
   """Runs the experiment `module` (the one that was started, unless given) as the command line says, and exits.
 
@@ -40,7 +41,7 @@ def main(
   sys.exit(code)
 
 
-def launch(module: ModuleType, argv: Sequence[str], train: local.Train | None = None) -> int:
+def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None = None) -> int:
   """The exit code: 0 if all arms are done (or there was only something to show), 1, or 42 to be started again."""
   # ---- what is asked for
   overrides, rest = split_overrides(argv)
@@ -52,11 +53,13 @@ def launch(module: ModuleType, argv: Sequence[str], train: local.Train | None = 
   # ---- is it possible?
   workdir = Path(options.workdir)
   workdirs.check_workdir(workdir, experiment_name(module))
-  arms = expand(module, options.sweep, overrides)
+  everyone = expand(module, options.sweep, overrides)
   chosen = [f'--sweep={options.sweep}'] if options.sweep else []
   chosen += [f'{PREFIX}{key}={value}' for key, value in overrides.items()]
-  plan = Plan(module, workdir, arms, chosen, baseline(module, arms))
-  arm = find(plan, options.arm) if options.arm else None
+  plan = Plan(module, workdir, everyone, chosen, baseline(module, everyone))
+  chosen_engine = engine(options.launch)
+  chosen_engine.check(plan, options)
+  arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   for line in remarks(plan, overrides):
     print(line)
 
@@ -64,14 +67,16 @@ def launch(module: ModuleType, argv: Sequence[str], train: local.Train | None = 
   if options.dry_run:
     from launch.dry_run import describe  # needs jax, to count and to measure
 
-    print(describe(plan._replace(arms=[arm] if arm else arms), {a.arm_id: a for a in arms}))
+    asked = plan._replace(arms=arms or everyone)
+    print(describe(asked, {arm.arm_id: arm for arm in everyone}))
+    print(f'\n{chosen_engine.show(asked, units(asked, options.arms_per_job), options)}')
     return EXIT_DONE
-  if arm:
-    return run_one(plan, arm, train)
-  return run_all(plan, options.fail_fast, train)
+  if arms:
+    return run_some(plan, arms, train)
+  return run_all(plan, chosen_engine, options, train)
 
 
-def run_all(plan: Plan, fail_fast: bool, train: local.Train | None) -> int:
+def run_all(plan: Plan, engine: Engine, options: flags.FlagValues, train: worker.Train | None) -> int:
   """Runs what is missing, then the report. Where nothing is, says so and writes nothing."""
   n, missing = len(plan.arms), [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
   if not missing and not is_stale(plan):
@@ -80,28 +85,33 @@ def run_all(plan: Plan, fail_fast: bool, train: local.Train | None) -> int:
     return EXIT_DONE
   print(f'{plan.name}: {n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
   if train is None:
-    local.preflight(plan.arms, plan.workdir)
+    engine.ready(plan, options)
   with workdirs.lock(plan.workdir):
     plan.record()
-    code = local.run_arms(plan.arms, plan.workdir, train=train, fail_fast=fail_fast)
+    if train:
+      code = worker.run_arms(plan.arms, plan.workdir, train=train, fail_fast=options.fail_fast)
+    else:
+      code = engine.run(plan, units(plan, options.arms_per_job), options)
     if code in (EXIT_DONE, EXIT_FAILED):
       conclude(plan)
   return code
 
 
-def run_one(plan: Plan, arm: Arm, train: local.Train | None) -> int:
-  """What a worker does: one arm, under that arm's lock alone, and no report."""
-  if workdirs.is_done(plan.workdir, arm.arm_id):
-    print(f'{arm.name} ({arm.arm_id}) is done; nothing to do')
-    return EXIT_DONE
-  for parent in arm.parents.values():
-    done = workdirs.is_done(plan.workdir, parent)
-    require(done, f'--arm={arm.arm_id}: builds on {parent}, which is not done in {plan.workdir}; run that one first')
+def run_some(plan: Plan, arms: Sequence[Arm], train: worker.Train | None) -> int:
+  """What a worker does: the given arms, each under its own lock, and no report."""
+  own = {arm.arm_id for arm in arms}
+  for arm in arms:
+    if workdirs.is_done(plan.workdir, arm.arm_id):
+      print(f'{arm.name} ({arm.arm_id}) is done; nothing to do')
+      continue
+    for parent in arm.parents.values():
+      done = parent in own or workdirs.is_done(plan.workdir, parent)
+      require(done, f'--arm={arm.arm_id}: builds on {parent}, which is not done in {plan.workdir}; run that one first')
   recorded = workdirs.read_experiment(plan.workdir)
-  if recorded is None or arm.arm_id not in recorded.arms:
+  if recorded is None or not own.issubset(recorded.arms):
     with workdirs.lock(plan.workdir):
       plan.record()
-  return local.run_arms([arm], plan.workdir, train=train)
+  return worker.run_arms(arms, plan.workdir, train=train)
 
 
 def is_stale(plan: Plan) -> bool:
@@ -153,13 +163,18 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
   text = 'which sweep to run: NAME of a sweep_NAME(), several as A,B for their product, none for the base alone'
   flags.DEFINE_string('sweep', None, text, flag_values=values)
   flags.DEFINE_string('workdir', f'runs/{name}', 'folder of the results', flag_values=values)
-  flags.DEFINE_enum('launch', 'local', ['local'], 'engine', flag_values=values)
+  flags.DEFINE_enum('launch', 'local', list(ENGINES), 'engine', flag_values=values)
   flags.DEFINE_bool(
     'dry_run', False, 'show the arms, what they take and their commands; write nothing', flag_values=values
   )
-  flags.DEFINE_string('arm', None, 'run only the arm with this id', flag_values=values)
+  flags.DEFINE_list(
+    'arm', None, 'run only the arms with these ids, here and now: what a worker does', flag_values=values
+  )
+  flags.DEFINE_integer('arms_per_job', 1, 'arms that one worker runs back to back', 1, flag_values=values)
   flags.DEFINE_bool('fail_fast', False, 'stop at the first arm that fails', flag_values=values)
   flags.DEFINE_bool('help', False, 'show this', short_name='h', flag_values=values)
+  for name in ENGINES:
+    engine(name).define(values)
   values.set_gnu_getopt(True)
   stray = values([name, *argv])[1:]
   require(not stray, f'{" ".join(stray)!r}: not a flag; settings are given as {PREFIX}KEY=VALUE')
@@ -168,7 +183,7 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
 
 def help_text(module: ModuleType, options: flags.FlagValues) -> str:
   lines = [(module.__doc__ or experiment_name(module)).strip(), '', 'Flags:']
-  for flag in (options[name] for name in ('sweep', 'workdir', 'launch', 'dry_run', 'arm', 'fail_fast')):
+  for flag in (options[name] for name in dict.fromkeys(options[key].name for key in options) if name != 'help'):
     default = '' if flag.default in (None, False) else f' (default: {flag.default})'
     lines.append(f'  --{flag.name}: {flag.help}{default}')
   lines += ['', 'Sweeps:']

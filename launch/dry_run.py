@@ -40,7 +40,5 @@ def describe(plan: Plan, everyone: Mapping[str, Arm]) -> str:
       '',
       f'{len(plan.arms)} arms, {len(missing)} to run: {table.short(flops)} FLOPs, about {seconds / 60:.1f} minutes'
       f' (an estimate, without evaluation and compilation: at {cost.basis()})',
-      '',
-      *(plan.command(arm.arm_id) for arm in plan.arms),
     ]
   )

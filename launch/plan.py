@@ -1,5 +1,7 @@
 """A launch that has been checked: what every engine is given."""
 
+import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,14 @@ from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.workdir import Experiment
 from slm_jax.config import to_dict
 from slm_jax.files import write_json
+
+
+class Unit(NamedTuple):
+  """What one worker is started for: arms that it runs, as populations where they can be and else one after another."""
+
+  name: str  # unique, and safe in DNS, paths and shells: at most 28 of a-z, 0-9 and -, the first one a letter
+  arms: tuple[str, ...]  # arm ids, parents first
+  after: tuple[str, ...] = ()  # names of the units that hold parents of its arms: they must be done before
 
 
 class Plan(NamedTuple):
@@ -26,11 +36,15 @@ class Plan(NamedTuple):
   def name(self) -> str:
     return experiment_name(self.module)
 
-  def command(self, arm_id: str) -> str:
-    """One shell line that runs one arm; the same on every engine."""
+  def command(self, *arm_ids: str) -> str:
+    """One shell line that runs these arms; the same on every engine."""
+    return shlex.join(self.argv(*arm_ids))
+
+  def argv(self, *arm_ids: str) -> list[str]:
+    """The command as a list; its first word stands for the interpreter."""
     spec = getattr(self.module, '__spec__', None)
     start = ['-m', spec.name] if spec else [getattr(self.module, '__file__', None) or self.name]
-    return shlex.join(['python', *start, *self.options, f'--workdir={self.workdir}', f'--arm={arm_id}'])
+    return ['python', *start, *self.options, f'--workdir={self.workdir}', f'--arm={",".join(arm_ids)}']
 
   def experiment(self) -> Experiment:
     """What experiment.json should say of this launch: earlier launches' arms are kept, and so is the answer."""
@@ -59,6 +73,42 @@ class Plan(NamedTuple):
         path = workdirs.folder(self.workdir, arm.arm_id) / 'config.json'
         if not path.exists():
           write_json(path, to_dict(arm.config))
+
+
+def units(plan: Plan, arms_per_job: int, together: Sequence[Sequence[str]] = ()) -> list[Unit]:
+  """The missing arms of a plan as units of work, parents first.
+
+  arms_per_job: so many arms, neighbours in the plan, are run back to back by one worker.
+  together: groups of arm ids that are to be one unit whatever their number (populations).
+  The arms of a unit do not build on each other.
+  """
+  missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+  group_of = {arm_id: i for i, group in enumerate(together) for arm_id in group}
+  level: dict[str, int] = {}  # the longest way to an arm from one without parents: no unit spans two levels of a group
+  bundles: dict[tuple[int, int], list[str]] = {}
+  for arm in missing:
+    level[arm.arm_id] = 1 + max((level.get(parent, -1) for parent in arm.parents.values()), default=-1)
+    key = (level[arm.arm_id], group_of.get(arm.arm_id, -1))
+    bundles.setdefault(key, []).append(arm.arm_id)
+  parts = []
+  for (_, group), ids in sorted(bundles.items(), key=lambda item: item[0][0]):
+    size = len(ids) if group >= 0 else arms_per_job
+    parts += [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
+  names = {part: unit_name(plan.name, part) for part in parts}
+  home = {arm_id: names[part] for part in parts for arm_id in part}
+  parents = {arm.arm_id: arm.parents.values() for arm in missing}
+  return [
+    Unit(names[part], part, tuple(dict.fromkeys(home[p] for arm_id in part for p in parents[arm_id] if p in home)))
+    for part in parts
+  ]
+
+
+def unit_name(experiment: str, arm_ids: Sequence[str]) -> str:
+  """'shrink-3f9c0a1b2c4d': the experiment, shortened, and the arm's id, or a hash of several."""
+  stem = re.sub('[^a-z0-9]+', '-', experiment.lower()).strip('-') or 'x'
+  stem = stem if stem[0].isalpha() else f'x{stem}'
+  one = arm_ids[0] if len(arm_ids) == 1 else hashlib.sha256(','.join(arm_ids).encode()).hexdigest()[:12]
+  return f'{stem[:15].rstrip("-")}-{one}'
 
 
 def experiment_name(module: ModuleType) -> str:

@@ -33,13 +33,15 @@ class ConfigError(ValueError):
   """A configuration that cannot be meant. The message is one line: key, value, what is allowed."""
 
 
-def setting(default: Any, *, semantic: bool = True, arm: bool = False) -> Any:
+def setting(default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False) -> Any:
   """A dataclass field with a default.
 
   semantic: False for what cannot change the result (paths, device counts, logging); such fields are not hashed.
   arm: True if the value names another arm of the same sweep, on whose checkpoint this one depends.
+  traced: True for a number that the compiled step takes as an argument (`hparams`): arms that differ only in such
+    numbers share one executable.
   """
-  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm})
+  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm, 'traced': traced})
 
 
 # ---------------------------------------------------------------------------------------------- dotted overrides

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import require
+from slm_jax.config import require, setting
 from slm_jax.step import Resources, Transform, TransformConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Ema(TransformConfig):
   kind: ClassVar[str] = 'ema'
-  decay: float = 0.99  # traced
+  decay: float = setting(0.99, traced=True)
 
   def check(self, key: str) -> None:
     require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')

@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_jax.config import require
+from slm_jax.config import require, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
   name: Literal['adamw', 'muon', 'adafactor'] = 'adamw'
-  learning_rate: float = 1e-3  # traced
+  learning_rate: float = setting(1e-3, traced=True)
   schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'
   warmup: int = 100  # steps
   decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'
   final: float = 0.1  # learning rate at the end, as a share of the peak
-  weight_decay: float = 0.1  # traced; matrices only: not norms, biases
+  weight_decay: float = setting(0.1, traced=True)  # of matrices only: not norms, biases
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
-  clip: float = 1.0  # largest global norm of a gradient, traced; 0: no clipping
+  clip: float = setting(1.0, traced=True)  # largest global norm of a gradient; 0: no clipping
 
   def check(self, key: str) -> None:
     require(self.learning_rate > 0, f'{key}.learning_rate={self.learning_rate}: must be positive')

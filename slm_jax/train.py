@@ -41,9 +41,10 @@ class Job(NamedTuple):
   config: Config
   folder: Path
   dataset: Dataset
-  step: Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]
+  step: Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]  # not compiled yet
   frozen: Mapping[str, Any]
   fresh: Callable[[], TrainState]
+  layout: TrainState  # the shardings
   abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
   final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
   evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]]
@@ -148,9 +149,10 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     config=config,
     folder=folder,
     dataset=dataset,
-    step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+    step=step,
     frozen=frozen,
     fresh=fresh,
+    layout=layout,
     abstract=sharding.abstract(shapes, layout),
     final=final,
     evaluate=evaluation,
@@ -163,6 +165,7 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
   """The loop. Returns the summary of a run that came to its end; raises Preempted with everything saved."""
   config = job.config
   steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
+  take = jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, None))
   with Checkpoints(job.folder / 'checkpoints', config.run.keep, logging.warning) as checkpoints:
     # ---- where were we?
     state, record = checkpoints.latest(job.abstract) or (job.fresh(), {})
@@ -190,7 +193,7 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
           if step == steps:
             break
           stop.check()
-          state, measured = job.step(state, next(batches), job.frozen)
+          state, measured = take(state, next(batches), job.frozen)
           step += 1
           ledger.add(step, measured)  # reads the step before this one: the device never waits for the host
     except Preempted:

@@ -19,8 +19,8 @@ class Distill(TransformConfig):
 
   kind: ClassVar[str] = 'distill'
   teacher: str = setting('', arm=True)  # name of the arm
-  weight: float = 0.5  # of the teacher's term; the data's has 1 - weight; traced
-  temperature: float = 1.0  # traced
+  weight: float = setting(0.5, traced=True)  # of the teacher's term; the data's has 1 - weight
+  temperature: float = setting(1.0, traced=True)
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import require
+from slm_jax.config import require, setting
 from slm_jax.losses import Term
 from slm_jax.prune.select import keep_largest
 from slm_jax.step import Resources, Transform, TransformConfig
@@ -17,7 +17,7 @@ class Prune(TransformConfig):
   """Set the smallest weights of the layers' matrices to zero, more and more of them, and go on training."""
 
   kind: ClassVar[str] = 'prune'
-  sparsity: float = 0.5  # share of the layers' weights that is zero in the end; traced
+  sparsity: float = setting(0.5, traced=True)  # share of the layers' weights that is zero in the end
   scope: Literal['global', 'layer'] = 'layer'  # 'layer': every matrix of every layer loses the same share
   start: float = 0.25  # share of the steps before the first pruning
   end: float = 0.75  # share of the steps after which the masks stay

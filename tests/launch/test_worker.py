@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeTrain, arms_of, experiment
 
-from launch.local import run_arms
+from launch.worker import run_arms
 from slm_jax.ablate import workdir
 from slm_jax.config import ConfigError
 
