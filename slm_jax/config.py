@@ -252,6 +252,26 @@ def diff(base: Any, other: Any) -> dict[str, tuple[Any, Any]]:
   return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
 
 
+def traced(config: Any) -> dict[str, float]:
+  """The values of the fields marked `traced`, by the names of `TrainState.hparams`: optim.clip, distill.weight."""
+  found: dict[str, float] = {}
+
+  def visit(node: Any, key: str) -> None:
+    for field in dataclasses.fields(node):
+      value = getattr(node, field.name)
+      if field.metadata.get('traced'):
+        found[f'{key}.{field.name}'] = float(value)
+      elif _is_section(value):
+        visit(value, field.name)
+      elif isinstance(value, tuple):
+        for item in value:
+          if _is_section(item):
+            visit(item, kind_of(item))
+
+  visit(config, '')
+  return found
+
+
 def arm_references(config: Any) -> list[tuple[str, str]]:
   """`[(dotted key, arm name)]` of the fields that name another arm (`setting(..., arm=True)`), empty names left out."""
   found: list[tuple[str, str]] = []

@@ -20,8 +20,8 @@ from slm_jax.model.decode import generate
 BINS = 15
 
 
-def make_eval_step(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callable[[Params, Batch], Terms]:
-  """A jitted function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token."""
+def make_measure(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callable[[Params, Batch], Terms]:
+  """The pure function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token."""
   cross_entropy = losses.cross_entropy()
   lengths = np.zeros(model.config.vocab_size, np.float32)
   lengths[: len(byte_lengths)] = byte_lengths
@@ -39,29 +39,39 @@ def make_eval_step(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callab
       'correct': Term((bins * hits[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
     }
 
-  @jax.jit
-  def step(params, batch):
+  def measure(params, batch):
     return losses.over_chunks(token_loss, model.head, params, model.hidden(params, batch), batch, None, chunk)
 
-  return step
+  return measure
 
 
 def evaluate(
-  step: Callable[[Params, Batch], Terms], params: Params, batches: Iterable[Batch], poll: Callable[[], None]
+  measure: Callable[[Params, Batch], Terms], params: Params, batches: Iterable[Batch], poll: Callable[[], None]
 ) -> dict[str, float]:
-  """Means over all tokens of all batches; `poll` is called between batches (and may raise).
+  """Means over all tokens of all batches; `poll` is called between batches (and may raise)."""
+  return means(totals(measure, params, batches, poll))
+
+
+def totals(
+  measure: Callable[[Params, Batch], Terms], params: Params, batches: Iterable[Batch], poll: Callable[[], None]
+) -> Terms:
+  """Sums over all batches, in float64."""
+  total: Terms | None = None
+  for batch in batches:
+    poll()
+    # float64 on the host: a float32 sum over millions of tokens would lose the last digits
+    terms = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(measure(params, batch)))
+    total = terms if total is None else losses.add(total, terms)
+  assert total is not None, 'the valid split holds at least one batch'
+  return total
+
+
+def means(total: Terms) -> dict[str, float]:
+  """What is reported of the sums of a whole evaluation.
 
   loss: nats per token. bits_per_byte: total nats / ln 2 / total bytes. ece: expected calibration error of the most
   likely token, 15 equal bins of confidence: sum_b n_b/N |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
   """
-  total: Terms | None = None
-  for batch in batches:
-    poll()
-    terms = jax.device_get(step(params, batch))
-    # float64 on the host: a float32 sum over millions of tokens would lose the last digits
-    terms = jax.tree.map(lambda x: np.asarray(x, np.float64), terms)
-    total = terms if total is None else losses.add(total, terms)
-  assert total is not None, 'the valid split holds at least one batch'
   nats, count = float(total['loss'].sum), float(total['loss'].count)
   n_bytes = float(total['bytes'].sum)
   ece = np.abs(total['correct'].sum - total['confidence'].sum).sum() / max(count, 1)

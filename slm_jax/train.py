@@ -6,10 +6,8 @@ Nothing here knows a transform by name. What a run leaves behind, in WORKDIR/arm
 metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 """
 
-import contextlib
-import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +17,18 @@ from absl import logging
 from slm_jax import config as configs
 from slm_jax import evaluate, metrics, perf, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, save_model
-from slm_jax.config import ConfigError
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.experiment import Config
-from slm_jax.files import disk_errors, write_json, write_text
-from slm_jax.ledger import Ledger, NotFinite
+from slm_jax.files import disk_errors, write_json
+from slm_jax.ledger import Ledger
+from slm_jax.losses import Terms
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
-from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Preemption
+from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
 from slm_jax.prune.cut import cut
+from slm_jax.record import Record
 from slm_jax.step import Metrics, Resources, TrainState, chain, init_state, make_step
 
 Place = Callable[[Any], Any]  # host arrays -> device arrays
@@ -43,11 +42,11 @@ class Job(NamedTuple):
   dataset: Dataset
   step: Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]  # not compiled yet
   frozen: Mapping[str, Any]
-  fresh: Callable[[], TrainState]
+  fresh: Callable[[Config], TrainState]  # of this arm, or of any that differs from it in traced numbers only
   layout: TrainState  # the shardings
   abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
   final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
-  evaluate: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+  measure: Callable[[Params, Batch], Terms]  # the sums that an evaluation is made of
   place: Place  # a batch onto the devices
   flops: float  # a trained token, teachers included
 
@@ -59,35 +58,16 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
     return EXIT_DONE
   perf.keep_freed_memory()  # before anything is computed
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / 'config.json', configs.to_dict(config))
-  record = {'arm_id': arm_id, 'name': config.name, 'started': _now(), **perf.environment()}
-
-  def report(status: str, **more: Any) -> dict[str, Any]:
-    return {**record, 'status': status, 'ended': _now(), **more}
-
-  def ended(status: str, code: int, **more: Any) -> int:
-    with contextlib.suppress(OSError):  # the disk may be full; the launcher goes by the code
-      write_json(folder / 'run.json', report(status, **more))
-    return code
-
-  write_json(folder / 'run.json', {**record, 'status': 'running'})
   perf.cache_compilations(workdir / 'cache')
+  record = Record(folder, arm_id, config)
   try:
     with disk_errors(folder), Preemption() as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       summary = train(job, stop, arm_id)
-      write_json(folder / 'run.json', report('done', summary={**summary, **_cost_of_parents(config, workdir)}))
-      write_text(folder / 'DONE', '')
-    return EXIT_DONE
-  except Preempted:
-    return ended('preempted', EXIT_PREEMPTED)
-  except (NotFinite, ConfigError) as error:
-    logging.error('%s: %s', config.name or arm_id, error)
-    return ended('nan' if isinstance(error, NotFinite) else 'failed', EXIT_FAILED, error=str(error))
+      return record.done({**summary, **cost_of_parents(config, workdir)})
   except Exception as error:
-    ended('failed', EXIT_FAILED, error=f'{type(error).__name__}: {error}')
-    raise
+    return record.ended(error)
 
 
 def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
@@ -124,26 +104,23 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   )
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
-  init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
-  shapes = jax.eval_shape(lambda: init_state(state_key, model.init(init_key), optim, transform))
+  shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
   layout = sharding.shardings(shapes, decoder.logical_axes(config.model), mesh)
 
-  def fresh() -> TrainState:
+  new_params = jax.jit(model.init)
+  new_state = jax.jit(
+    lambda key, params, hparams: init_state(key, params, optim, transform)._replace(hparams=hparams),
+    out_shardings=layout,
+  )
+
+  def fresh(config: Config) -> TrainState:
+    init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
     if config.init.arm:
       parent, params = load(config.init.arm)
       params = cut(params, parent.config, config.model)
     else:
-      params = jax.jit(model.init)(init_key)
-    return jax.jit(lambda key, p: init_state(key, p, optim, transform), out_shardings=layout)(state_key, params)
-
-  # ---- evaluation
-  final = jax.jit(lambda state: transform.final(state.slots, state.params))
-  eval_step = evaluate.make_eval_step(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk)
-  place = sharding.placer(mesh)
-
-  def evaluation(state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
-    batches = dataset.valid_batches(config.data.batch_size, config.eval.sequences)
-    return evaluate.evaluate(eval_step, final(state), map(place, batches), poll)
+      params = new_params(init_key)
+    return new_state(state_key, params, configs.traced(config))
 
   return Job(
     config=config,
@@ -154,9 +131,9 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     fresh=fresh,
     layout=layout,
     abstract=sharding.abstract(shapes, layout),
-    final=final,
-    evaluate=evaluation,
-    place=place,
+    final=lambda state: transform.final(state.slots, state.params),
+    measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk),
+    place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
   )
 
@@ -166,9 +143,10 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
   config = job.config
   steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
   take = jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, None))
+  final, measure = jax.jit(job.final), jax.jit(job.measure)
   with Checkpoints(job.folder / 'checkpoints', config.run.keep, logging.warning) as checkpoints:
     # ---- where were we?
-    state, record = checkpoints.latest(job.abstract) or (job.fresh(), {})
+    state, record = checkpoints.latest(job.abstract) or (job.fresh(config), {})
     step = int(state.step)
     sinks = metrics.sinks(config, job.folder, arm_id)
     log = metrics.MetricLog(job.folder / 'metrics.jsonl', step, sinks, logging.warning)
@@ -187,7 +165,8 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
           if (step % config.eval.every == 0 or step == steps) and step not in log.evaluated:
             ledger.settle()
             with ledger.paused():
-              best = ledger.evaluated(step, job.evaluate(state, stop.check))  # the loss, if it is the lowest so far
+              results = evaluate.evaluate(measure, final(state), valid_batches(job), stop.check)
+              best = ledger.evaluated(step, results)  # the loss, if it is the lowest so far
           if best is not None or step % checkpoint_every == 0 or step == steps:
             save(best)
           if step == steps:
@@ -204,10 +183,15 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
   return finish(job, state, {**log.evaluated[steps], **ledger.record()})
 
 
+def valid_batches(job: Job) -> Iterator[Batch]:
+  """What is evaluated on, on the devices."""
+  return map(job.place, job.dataset.valid_batches(job.config.data.batch_size, job.config.eval.sequences))
+
+
 def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[str, Any]:
   """Writes the finished model and samples of its text; returns what goes into the results table."""
   config, dataset = job.config, job.dataset
-  params = job.final(state)
+  params = jax.jit(job.final)(state)
   save_model(job.folder / 'model', config.model, params, {'tokenizer': dataset.tokenizer.fingerprint})
   write_json(job.folder / 'samples.json', evaluate.samples(config, params, dataset.tokenizer))
   floor = dataset.floor(config.eval.sequences)
@@ -221,14 +205,10 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   }
 
 
-def _cost_of_parents(config: Config, workdir: Path) -> dict[str, float]:
+def cost_of_parents(config: Config, workdir: Path) -> dict[str, float]:
   """FLOPs that went into the arms this one builds on: a teacher's training, and its own parents'."""
   total = 0.0
   for arm in {arm for _, arm in configs.arm_references(config)}:
     summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
     total += summary['flops'] + summary['parent_flops']
   return {'parent_flops': total}
-
-
-def _now() -> str:
-  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from toy import toy_batch, toy_model
 
-from slm_jax.evaluate import evaluate, make_eval_step
+from slm_jax.evaluate import evaluate, make_measure
 
 VOCAB = 11
 LENGTHS = np.array([0, 1, 2, 3, 1, 1, 1, 4, 1, 1, 1], np.float32)
 
 
 def measure(params, batches, chunk=10_000, model=None):
-  step = make_eval_step(model or toy_model(vocab=VOCAB), LENGTHS, chunk)
+  step = make_measure(model or toy_model(vocab=VOCAB), LENGTHS, chunk)
   return evaluate(step, params, batches, lambda: None)
 
 
@@ -81,6 +81,6 @@ def test_poll_is_asked_before_every_batch_and_may_stop():
     if len(calls) == 2:
       raise Stop
 
-  step = make_eval_step(toy_model(vocab=VOCAB), LENGTHS, 1000)
+  step = make_measure(toy_model(vocab=VOCAB), LENGTHS, 1000)
   with pytest.raises(Stop):
     evaluate(step, params(), [toy_batch(0), toy_batch(1)], poll)

@@ -16,7 +16,7 @@ from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
 from slm_jax.distill.online import Distill
 from slm_jax.ema import Ema
-from slm_jax.evaluate import evaluate, make_eval_step
+from slm_jax.evaluate import evaluate, make_measure
 from slm_jax.experiment import InitConfig
 from slm_jax.model import decoder
 from slm_jax.model.flops import flops_per_token, parameter_count
@@ -73,7 +73,7 @@ def test_the_saved_model_alone_gives_the_reported_loss(family):
     config, params, record = load_model(workdir / 'arms' / name / 'model')
     dataset = open_data(arms[name].data, workdir / 'data', print)
     assert record['tokenizer'] == dataset.tokenizer.fingerprint
-    step = make_eval_step(decoder.build(config), dataset.tokenizer.byte_lengths, 2048)
+    step = make_measure(decoder.build(config), dataset.tokenizer.byte_lengths, 2048)
     batches = dataset.valid_batches(8, arms[name].eval.sequences)
     again = evaluate(step, params, batches, lambda: None)
     assert again['loss'] == pytest.approx(run_json(workdir, name)['summary']['loss'], rel=1e-5)
