@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.workdir import Experiment
 from slm_jax.config import to_dict
@@ -31,10 +32,16 @@ class Plan(NamedTuple):
   arms: Sequence[Arm]
   options: Sequence[str]  # of the command line, those that decide what the arms are
   baseline: str  # name of the arm that others are compared with
+  sweep: Sequence[Arm] = ()  # all arms of the sweep, if `arms` is a part of it
 
   @property
   def name(self) -> str:
     return experiment_name(self.module)
+
+  @property
+  def everyone(self) -> dict[str, Arm]:
+    """All arms of the sweep by their ids."""
+    return {arm.arm_id: arm for arm in self.sweep or self.arms}
 
   def command(self, *arm_ids: str) -> str:
     """One shell line that runs these arms; the same on every engine."""
@@ -75,25 +82,22 @@ class Plan(NamedTuple):
           write_json(path, to_dict(arm.config))
 
 
-def units(plan: Plan, arms_per_job: int, together: Sequence[Sequence[str]] = ()) -> list[Unit]:
-  """The missing arms of a plan as units of work, parents first.
+def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Unit]:
+  """The missing arms of a plan as units of work, parents first. The arms of a unit do not build on each other.
 
-  arms_per_job: so many arms, neighbours in the plan, are run back to back by one worker.
-  together: groups of arm ids that are to be one unit whatever their number (populations).
-  The arms of a unit do not build on each other.
+  arms_per_job: so many arms, such as can share a program beside each other, are run by one worker. 0: arms that can are
+    shared out among so many workers; one arm a worker if their number is not known.
   """
   missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
-  group_of = {arm_id: i for i, group in enumerate(together) for arm_id in group}
-  level: dict[str, int] = {}  # the longest way to an arm from one without parents: no unit spans two levels of a group
-  bundles: dict[tuple[int, int], list[str]] = {}
+  level: dict[str, int] = {}  # the longest way to an arm from one without parents
   for arm in missing:
     level[arm.arm_id] = 1 + max((level.get(parent, -1) for parent in arm.parents.values()), default=-1)
-    key = (level[arm.arm_id], group_of.get(arm.arm_id, -1))
-    bundles.setdefault(key, []).append(arm.arm_id)
   parts = []
-  for (_, group), ids in sorted(bundles.items(), key=lambda item: item[0][0]):
-    size = len(ids) if group >= 0 else arms_per_job
-    parts += [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
+  for height in sorted(set(level.values())):
+    alike = groups({arm.arm_id: arm.config for arm in missing if level[arm.arm_id] == height})
+    for ids in [[arm_id for group in alike for arm_id in group]] if arms_per_job else alike:
+      size = arms_per_job or (-(-len(ids) // workers) if workers else 1)
+      parts += [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
   names = {part: unit_name(plan.name, part) for part in parts}
   home = {arm_id: names[part] for part in parts for arm_id in part}
   parents = {arm.arm_id: arm.parents.values() for arm in missing}

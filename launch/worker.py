@@ -1,4 +1,4 @@
-"""What a worker does: arms one after another, in this process, parents first."""
+"""What a worker does: arms in this process, parents first; those that can share a program together."""
 
 import contextlib
 import dataclasses
@@ -8,11 +8,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from slm_jax import distributed
 from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
 from slm_jax.config import ConfigError
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+
+if TYPE_CHECKING:
+  from slm_jax.experiment import Config
 
 Train = Callable[..., int]  # (config, workdir, arm_id) -> exit code
 
@@ -22,36 +28,76 @@ def run_arms(
   workdir: Path,
   *,
   train: Train | None = None,
+  admit: Callable[[Arm], str] = lambda arm: '',
   fail_fast: bool = False,
   say: Callable[[str], None] = print,
 ) -> int:
   """Runs what is not done yet, parents first; returns 0 if all is done in the end, 42 if asked to stop, else 1.
 
   An arm that fails (a NaN, a bug) stops only the arms that build on it. train: `slm_jax.train.run` unless given.
+  admit: says why an arm may not be started, '' if it may; after the first that may not, none is.
   """
-  failed = 0
+  titles = {arm.arm_id: f'[{i}/{len(arms)}] {_title(arm)}' for i, arm in enumerate(arms, 1)}
+  waiting = [arm for arm in arms if not _is_done(arm.arm_id, workdir)]
+  say = say if distributed.is_main() else lambda line: None
   try:
-    with _sigterm_like_ctrl_c():
-      for i, arm in enumerate(arms, 1):
-        title = f'[{i}/{len(arms)}] {arm.name}, seed {arm.config.seed} ({arm.arm_id})'
-        if workdirs.is_done(workdir, arm.arm_id):
-          continue
-        waits_for = [parent for parent in arm.parents.values() if not workdirs.is_done(workdir, parent)]
-        if waits_for:
-          say(f'{title}: blocked, {", ".join(waits_for)} is not done')
-          continue
-        say(f'{title}: starts')
-        code = _run_arm(arm, workdir, train)
-        if code == EXIT_PREEMPTED:
-          raise KeyboardInterrupt
-        say(f'{title}: {_outcome(workdir, arm, code)}')
-        failed += code != EXIT_DONE
-        if failed and fail_fast:
+    with sigterm_like_ctrl_c():
+      while ready := [arm for arm in waiting if not _waits_for(arm, workdir)]:
+        group, refusal = _admitted([ready[0]] if train else _population(ready), admit)
+        if refusal:
+          say(f'{titles[ready[0].arm_id]}: not started, {refusal}; {len(waiting)} arms are left')
+          waiting = []
           break
+        for arm in group:
+          say(f'{titles[arm.arm_id]}: starts' + (f', in one program with {len(group) - 1} more' if group[1:] else ''))
+          waiting.remove(arm)
+        codes = _run_group(group, workdir, train)
+        for arm in group:
+          if codes[arm.arm_id] != EXIT_PREEMPTED:
+            say(f'{titles[arm.arm_id]}: {_outcome(workdir, arm, codes[arm.arm_id])}')
+        if EXIT_PREEMPTED in codes.values():
+          raise KeyboardInterrupt
+        if any(codes.values()) and (fail_fast or not distributed.failed_together()):
+          break
+      else:
+        for arm in waiting:
+          say(f'{titles[arm.arm_id]}: blocked, {", ".join(_waits_for(arm, workdir))} is not done')
   except KeyboardInterrupt:
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
-  return EXIT_DONE if all(workdirs.is_done(workdir, arm.arm_id) for arm in arms) else EXIT_FAILED
+  return EXIT_DONE if all(_is_done(arm.arm_id, workdir) for arm in arms) else EXIT_FAILED
+
+
+def _title(arm: Arm) -> str:
+  return f'{arm.name}, seed {arm.config.seed} ({arm.arm_id})'
+
+
+def _is_done(arm_id: str, workdir: Path) -> bool:
+  """As the first of several processes sees it: all must do the same."""
+  return distributed.on_main(workdirs.is_done, workdir, arm_id)
+
+
+def _waits_for(arm: Arm, workdir: Path) -> list[str]:
+  return [parent for parent in arm.parents.values() if not _is_done(parent, workdir)]
+
+
+def _population(ready: Sequence[Arm]) -> list[Arm]:
+  """The first of the arms, and those that can train with it in one program."""
+  import jax
+
+  run = ready[0].config.run
+  one_device = jax.device_count() == 1 or run.data_parallel * run.fsdp * run.tensor == 1
+  if not one_device or jax.process_count() > 1:
+    return [ready[0]]
+  by_id = {arm.arm_id: arm for arm in ready}
+  return [by_id[arm_id] for arm_id in groups({i: arm.config for i, arm in by_id.items()})[0]]
+
+
+def _admitted(group: list[Arm], admit: Callable[[Arm], str]) -> tuple[list[Arm], str]:
+  """`(the arms of the group that may be started, why not if there are none)`."""
+  refusals = [distributed.on_main(admit, arm) for arm in group]
+  allowed = [arm for arm, refusal in zip(group, refusals, strict=True) if not refusal]
+  return allowed, '' if allowed else refusals[0]
 
 
 def preflight(arms: Sequence[Arm], workdir: Path) -> None:
@@ -77,16 +123,34 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
     raise
 
 
-def _run_arm(arm: Arm, workdir: Path, train: Train | None) -> int:
-  """The arm's exit code; whatever it raises is shown here, so that the others can go on."""
-  try:
-    with workdirs.lock(workdirs.folder(workdir, arm.arm_id)):
-      return (train or _default_train())(arm.config, workdir, arm.arm_id)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-  except Exception:
-    traceback.print_exc()
-  return EXIT_FAILED
+def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict[str, int]:
+  """The exit code of every arm; whatever is raised is shown here, so that other arms can go on."""
+  codes = dict.fromkeys((arm.arm_id for arm in group), EXIT_FAILED)
+  with contextlib.ExitStack() as locks:
+    mine: dict[str, Config] = {}
+    for arm in group:
+      try:
+        distributed.on_main(locks.enter_context, workdirs.lock(workdirs.folder(workdir, arm.arm_id)))
+        mine[arm.arm_id] = arm.config
+      except ConfigError as error:
+        print(f'error: {error}', file=sys.stderr)
+    for members in groups(mine):  # of what is left of the group
+      try:
+        if members[1:]:
+          codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir)
+        else:
+          codes[members[0]] = (train or _default_train())(mine[members[0]], workdir, members[0])
+      except ConfigError as error:
+        print(f'error: {error}', file=sys.stderr)
+      except Exception:
+        traceback.print_exc()
+  return codes
+
+
+def _train_together() -> Callable[..., dict[str, int]]:
+  from slm_jax.ablate.population import run
+
+  return run
 
 
 def _default_train() -> Train:
@@ -110,7 +174,7 @@ def _outcome(workdir: Path, arm: Arm, code: int) -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
+def sigterm_like_ctrl_c() -> Iterator[None]:
   """Between arms; while one trains, it catches both signals itself and saves first."""
   before = signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:

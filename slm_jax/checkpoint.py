@@ -14,9 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from slm_jax import distributed, sharding
 from slm_jax.config import ConfigError, from_dict, to_dict
 from slm_jax.files import disk_errors, write_json
+from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
 
@@ -53,12 +56,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
       finally:
         self._manager.close()
-        for half in self._folder.glob('*.orbax-checkpoint-tmp'):  # a write that failed: on a full disk, its room is
+        halves = self._folder.glob('*.orbax-checkpoint-tmp') if distributed.is_main() else ()
+        for half in halves:  # a write that failed: on a full disk, its room is
           shutil.rmtree(half, ignore_errors=True)  # needed for the record of why
 
   def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None) -> None:
     """Starts writing `state`; training goes on meanwhile. `record` is JSON; `loss` (of an evaluation) ranks 'best'."""
-    if step in self._manager.all_steps():
+    if step in self.steps():
       return
     record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
@@ -67,27 +71,42 @@ class Checkpoints:
 
   def latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest intact checkpoint as `(state, record)` on the shardings of `abstract`; None if there is none."""
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
-        read = self._manager.restore(step, args=items)
-        found = int(checksum(read.state))
-        if found != read.record['checksum']:
-          raise ValueError(f'checksum {found}, written {read.record["checksum"]}')
+    return next(filter(None, (self.read(step, abstract) for step in reversed(self.steps()))), None)
+
+  def steps(self) -> list[int]:
+    """Of the checkpoints that there are, in order."""
+    return distributed.on_main(lambda: sorted(self._manager.all_steps()))
+
+  def read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The checkpoint of one step; None if it is damaged, and then it is out of the way."""
+    read, fault = None, ''
+    try:
+      items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+      read = self._manager.restore(step, args=items)
+    except Exception as error:  # orbax and tensorstore raise many kinds; whatever it is, an older one may do
+      fault = _first_line(error)
+    fault = distributed.first_of(fault)  # each process reads its own part, and all check the whole
+    if read is not None and not fault:
+      found, written = int(checksum(read.state)), read.record.get('checksum')
+      if found == written:
         return read.state, read.record
-      except Exception as error:  # orbax and tensorstore raise many kinds; whatever it is, an older one may do
-        self._set_aside(step, error)
+      fault = f'checksum {found}, written {written}'
+    distributed.on_main(self._set_aside, step, fault)
+    self._manager.reload()
     return None
 
-  def _set_aside(self, step: int, error: Exception) -> None:
+  def _set_aside(self, step: int, fault: str) -> None:
     target = self._folder.parent / 'damaged' / f'{self._folder.name}-{step}'
     target.parent.mkdir(exist_ok=True)
     while target.exists():
       target = target.with_name(target.name + '+')
     (self._folder / str(step)).rename(target)
-    self._manager.reload()
-    first_line = str(error).strip().split('\n')[0][:200]
-    self._log(f'checkpoint {self._folder / str(step)} is damaged ({first_line}); moved to {target}')
+    self._log(f'checkpoint {self._folder / str(step)} is damaged ({fault}); moved to {target}')
+
+
+def saved(folder: Path) -> list[int]:
+  """The steps of the finished checkpoints in a folder, without opening any."""
+  return sorted(int(path.name) for path in folder.glob('[0-9]*') if path.name.isdigit())
 
 
 @jax.jit
@@ -114,26 +133,34 @@ def save_model(folder: Path, config: ModelConfig, params: Params, record: dict[s
   with disk_errors(folder), ocp.StandardCheckpointer() as writer:
     writer.save(folder.absolute() / 'params', params, force=True)
     writer.wait_until_finished()
-  write_json(
-    folder / 'model.json', {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))}
-  )
+  record = {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))}
+  if distributed.is_main():
+    write_json(folder / 'model.json', record)
 
 
-def load_model(folder: Path) -> tuple[ModelConfig, Params, dict[str, Any]]:
-  """`(config, params, record)` of a finished model; ConfigError if it is missing or damaged."""
+def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, dict[str, Any]]:
+  """`(config, params, record)` of a finished model; ConfigError if it is missing or damaged.
+
+  mesh: over whose devices it is spread, as `sharding` says; unless given, all devices have all of it.
+  """
   path = folder / 'model.json'
   if not path.exists():
     raise ConfigError(f'{folder}: no finished model there (no model.json); has that arm been trained?')
   try:
     record = json.loads(path.read_text())
     config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
+    shapes = jax.eval_shape(decoder.build(config).init, jax.random.PRNGKey(0))
+    layout = sharding.shardings(shapes, decoder.logical_axes(config), mesh or sharding.make_mesh())
     with ocp.StandardCheckpointer() as reader:
-      params = reader.restore(folder.absolute() / 'params')
+      params = reader.restore(folder.absolute() / 'params', sharding.abstract(shapes, layout))
     if int(checksum(params)) != record['checksum']:
       raise ValueError('its checksum is wrong')
   except ConfigError:
     raise
   except Exception as error:
-    first_line = str(error).strip().split('\n')[0][:200]
-    raise ConfigError(f'{folder}: damaged model ({first_line}); train that arm again') from error
+    raise ConfigError(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
   return config, params, record
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().split('\n')[0][:200] or type(error).__name__

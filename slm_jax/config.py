@@ -12,6 +12,7 @@ Errors are `ConfigError`s of one line that name the key, the value and what is a
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar('T', bound='DataclassInstance')
 
 _TRUE, _FALSE = {'true', '1', 'yes'}, {'false', '0', 'no'}
+_LEAVES = (str, bool, int)  # types whose values are what they are; asked for first, since a sweep has a million of them
 
 
 class ConfigError(ValueError):
@@ -84,12 +86,15 @@ def _names(node: Any) -> list[str]:
   return [f.name for f in dataclasses.fields(node)]
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
   return typing.get_type_hints(cls)
 
 
 def coerce(annotation: Any, value: Any, key: str) -> Any:
   """`value` as a member of `annotation`, or ConfigError. Accepts what a command line or a sweep may give."""
+  if type(value) is annotation and (annotation is not float or math.isfinite(value)):
+    return value
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin is Literal:
     if value not in args:
@@ -150,16 +155,20 @@ def check(config: T, key: str = 'config') -> T:
 
   Depth first, so that a section's own `check(key)` sees parts that are valid already.
   """
-  hints, parts = _hints(type(config)), {}
+  hints, changed = _hints(type(config)), {}
   for field in dataclasses.fields(config):
+    given = getattr(config, field.name)
+    if type(given) is hints[field.name] and type(given) in _LEAVES:
+      continue
     name = f'{key}.{field.name}'
-    value = coerce(hints[field.name], getattr(config, field.name), name)
+    value = coerce(hints[field.name], given, name)
     if _is_section(value):
       value = check(value, name)
     elif isinstance(value, tuple):
       value = tuple(check(v, f'{name}.{kind_of(v)}') if _is_section(v) else v for v in value)
-    parts[field.name] = value
-  config = dataclasses.replace(config, **parts)
+    if value is not given:
+      changed[field.name] = value
+  config = dataclasses.replace(config, **changed) if changed else config
   if hasattr(config, 'check'):
     config.check(key)
   return config
@@ -191,6 +200,8 @@ def to_dict(config: Any, semantic_only: bool = False) -> dict[str, Any]:
 
 
 def _plain(value: Any, semantic_only: bool) -> Any:
+  if type(value) in _LEAVES:
+    return value
   if dataclasses.is_dataclass(value):
     return to_dict(value, semantic_only)
   if isinstance(value, (tuple, list)):
@@ -232,7 +243,9 @@ def flatten(config: Any) -> dict[str, Any]:
   out: dict[str, Any] = {}
 
   def visit(value: Any, key: str) -> None:
-    if isinstance(value, Mapping):
+    if type(value) in _LEAVES:
+      out[key] = value
+    elif isinstance(value, Mapping):
       for name, item in value.items():
         visit(item, f'{key}.{name}' if key else name)
     elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
@@ -272,13 +285,30 @@ def traced(config: Any) -> dict[str, float]:
   return found
 
 
+def static(config: T) -> T:
+  """`config` with its traced fields at their defaults: arms for which this is equal can share one executable."""
+  parts: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.metadata.get('traced'):
+      parts[field.name] = field.default
+    elif _is_section(value):
+      parts[field.name] = static(value)
+    elif isinstance(value, tuple):
+      parts[field.name] = tuple(static(item) if _is_section(item) else item for item in value)
+  return dataclasses.replace(config, **parts)
+
+
 def arm_references(config: Any) -> list[tuple[str, str]]:
   """`[(dotted key, arm name)]` of the fields that name another arm (`setting(..., arm=True)`), empty names left out."""
   found: list[tuple[str, str]] = []
 
   def visit(node: Any, key: str) -> None:
     for field in dataclasses.fields(node):
-      value, name = getattr(node, field.name), f'{key}.{field.name}' if key else field.name
+      value = getattr(node, field.name)
+      if not field.metadata.get('arm') and type(value) in _LEAVES:
+        continue
+      name = f'{key}.{field.name}' if key else field.name
       if field.metadata.get('arm') and value:
         found.append((name, value))
       elif dataclasses.is_dataclass(value):

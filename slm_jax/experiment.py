@@ -5,6 +5,7 @@ Each section stands beside the code that reads it; this module only puts them to
 
 import dataclasses
 
+from slm_jax import chips
 from slm_jax.config import require, setting
 from slm_jax.data.config import DataConfig
 from slm_jax.data.tokenizer import Bytes
@@ -60,13 +61,16 @@ class RunConfig:
   checkpoint_every: int = 500
   keep: int = 2  # checkpoints beside the best one
   prefetch: int = 2  # batches on the device ahead of the step
+  population: bool = True  # train in one program with arms that differ in traced numbers and seeds only
   tensorboard: bool = False
   wandb: bool = False
+  price: str = 'on_demand'  # of a chip-hour: 'on_demand' or 'spot' of chips.toml, or dollars
 
   def check(self, key: str) -> None:
     for name in ('fsdp', 'tensor', 'log_every', 'checkpoint_every', 'keep', 'prefetch'):
       require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
     require(self.data_parallel >= 0, f'{key}.data_parallel={self.data_parallel}: must not be negative')
+    chips.check_terms(self.price, f'{key}.price')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Config:
     require(
       tokens <= self.model.vocab_size,
       f'{key}.model.vocab_size={self.model.vocab_size}: too small for the {tokens} tokens of {data.tokenizer}',
+    )
+    require(
+      not self.model.mup_base_width or self.optim.name == 'adamw',
+      f'{key}.optim.name={self.optim.name}: muP (model.mup_base_width={self.model.mup_base_width}) needs adamw',
     )
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')

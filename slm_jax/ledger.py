@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from slm_jax import perf
+from slm_jax import distributed, energy, perf
 from slm_jax.experiment import Config
 from slm_jax.metrics import MetricLog
 
@@ -26,11 +26,22 @@ class Ledger:
   never waits for a step that it has just started. `settle` reads what is outstanding.
   """
 
-  def __init__(self, log: MetricLog, config: Config, flops_per_token: float, step: int, record: Mapping[str, Any]):
+  def __init__(
+    self,
+    log: MetricLog,
+    config: Config,
+    flops_per_token: float,
+    step: int,
+    record: Mapping[str, Any],
+    share: float = 1.0,
+  ):
+    """share: of the wall time that is booked; 1/n for one of n arms that train in one program."""
+    self._share = share
     self._log, self._every = log, config.run.log_every
     self._flops, self._peak = flops_per_token, perf.peak_flops()[0]
     self._tokens, self._seconds = record.get('tokens', 0.0), record.get('seconds', 0.0)
     self._best: float | None = record.get('best')
+    self._usage = energy.Usage(record, share)
     self._pending: tuple[int, Any] | None = None
     self._since = time.perf_counter()
     self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
@@ -39,13 +50,14 @@ class Ledger:
       total=config.train.steps,
       initial=step,
       desc=config.name,
-      disable=not sys.stderr.isatty(),
+      disable=not (distributed.is_main() and sys.stderr.isatty()),
       leave=False,
       unit='step',
     )
 
   def __enter__(self) -> 'Ledger':
     self._since = time.perf_counter()
+    self._usage.start()
     return self
 
   def __exit__(self, *exc: Any) -> None:
@@ -54,7 +66,8 @@ class Ledger:
   def record(self) -> dict[str, Any]:
     """What a checkpoint remembers of it."""
     self._tick(training=True)
-    return {'tokens': self._tokens, 'seconds': self._seconds, 'best': self._best}
+    used = {'tokens': self._tokens, 'seconds': self._seconds, **self._usage.record()}
+    return {**used, 'best': self._best}
 
   def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Notes the metrics of the step that was just started, and settles those of the one before."""
@@ -104,7 +117,9 @@ class Ledger:
 
   def _tick(self, training: bool) -> None:
     now = time.perf_counter()
-    self._seconds += now - self._since
+    self._usage.tick(now - self._since)
+    passed = self._share * (now - self._since)
+    self._seconds += passed
     if training:
-      self._window[1] += now - self._since
+      self._window[1] += passed
     self._since = now

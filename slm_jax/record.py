@@ -2,35 +2,43 @@
 
 import contextlib
 import datetime
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from slm_jax import perf
+from slm_jax import distributed, perf
 from slm_jax.config import ConfigError, to_dict
 from slm_jax.files import write_json, write_text
 from slm_jax.ledger import NotFinite
+from slm_jax.metrics import FORMAT
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
 
 class Record:
-  """The record of one run. Making it writes config.json and run.json, with the status 'running'."""
+  """The record of one run. Making it writes config.json and run.json, with the status 'running'.
+
+  Of several processes only the first one writes; all get the same answers.
+  """
 
   def __init__(self, folder: Path, arm_id: str, config: Any, **more: Any):
     self._folder, self._label = folder, config.name or arm_id
-    self._known = {'arm_id': arm_id, 'name': config.name, 'started': _now(), **perf.environment(), **more}
-    write_json(folder / 'config.json', to_dict(config))
-    write_json(folder / 'run.json', {**self._known, 'status': 'running'})
+    known = {'format': FORMAT, 'arm_id': arm_id, 'name': config.name, 'started': _now()}
+    self._known = {**known, **perf.environment(), **more}
+    if distributed.is_main():
+      write_json(folder / 'config.json', to_dict(config))
+      write_json(folder / 'run.json', {**self._known, 'status': 'running'})
 
   def done(self, summary: Mapping[str, Any]) -> int:
     self._write('done', summary=summary)
-    write_text(self._folder / 'DONE', '')
+    if distributed.is_main():
+      write_text(self._folder / 'DONE', '')
     return EXIT_DONE
 
   def ended(self, error: BaseException) -> int:
-    """Notes why the run ends here; returns the exit code that says so, or raises the error if it is a bug."""
+    """Notes why the run ends here, a bug with its traceback on stderr; returns the exit code that says so."""
     expected = isinstance(error, Preempted | NotFinite | ConfigError)
     statuses: dict[type[BaseException], str] = {Preempted: 'preempted', NotFinite: 'nan'}
     status = statuses.get(type(error), 'failed')
@@ -38,14 +46,16 @@ class Record:
     with contextlib.suppress(OSError):  # the disk may be full; the launcher goes by the code
       self._write(status, **({'error': reason} if reason else {}))
     if not expected:
-      raise error
+      traceback.print_exception(error)
+      return EXIT_FAILED
     if status == 'preempted':
       return EXIT_PREEMPTED
     logging.error('%s: %s', self._label, error)
     return EXIT_FAILED
 
   def _write(self, status: str, **more: Any) -> None:
-    write_json(self._folder / 'run.json', {**self._known, 'status': status, 'ended': _now(), **more})
+    if distributed.is_main():
+      write_json(self._folder / 'run.json', {**self._known, 'status': status, 'ended': _now(), **more})
 
 
 def _now() -> str:

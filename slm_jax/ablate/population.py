@@ -1,0 +1,356 @@
+"""Populations: arms that differ only in traced numbers and seeds, trained in one compiled program.
+
+    state   [S, A, ...]   S orders of the data, A arms that see the same batches
+    batch   [S, B, T]
+    step    the arm's own, mapped over S, and within over A with the batch shared; `frozen` is never mapped
+
+So a teacher's forward pass runs once for all students that see the same batch, without any code for it. Each arm keeps
+what it would have alone: its folder, metrics, checkpoints (which either way of training resumes), its stop at a NaN.
+Equal to the arms trained alone up to rounding. FLOPs are booked as if alone; wall time is shared out equally.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from slm_jax import evaluate, metrics, perf
+from slm_jax.ablate.alike import groups
+from slm_jax.checkpoint import Checkpoints, saved
+from slm_jax.data.batches import Prefetch
+from slm_jax.data.dataset import open_data
+from slm_jax.experiment import Config
+from slm_jax.files import disk_errors
+from slm_jax.ledger import Ledger, NotFinite
+from slm_jax.preempt import EXIT_PREEMPTED, Preempted, Preemption
+from slm_jax.record import Record
+from slm_jax.step import TrainState
+from slm_jax.train import Job, cost_of_parents, finish, prepare, valid_batches
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
+Measure = Callable[[Any, Any], Any]
+
+# The step counter is not mapped, so that a `lax.cond` on it stays a branch.
+STATE_AXES = TrainState(step=None, key=0, params=0, opt_state=0, slots=0, hparams=0)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------ the program
+
+
+class Program(NamedTuple):
+  """The compiled functions of a population of S x A arms."""
+
+  step: Step
+  final: Callable[[TrainState], Any]
+  measure: Measure
+  pick: Callable[[TrainState, jax.Array, jax.Array], TrainState]
+
+  def one(self, state: TrainState, at: tuple[int, int]) -> TrainState:
+    """The state of one arm."""
+    return self.pick(state, *jax.device_put(tuple(map(np.int32, at))))
+
+
+def together(step: Step, side_by_side: bool) -> Step:
+  """The step of a population: (state [S, A, ...], batch [S, ...], frozen) -> (state [S, A, ...], metrics [S, A]).
+
+  side_by_side: by vmap, to fill an accelerator that one arm leaves idle. Otherwise by a loop inside of the program: on
+    a CPU an arm's activations stay in its caches, and the compiler moves what does not depend on the arm, such as the
+    teacher's forward pass, out of the loop.
+  """
+  for batch_axis in (None, 0):
+    mapped = jax.vmap(step, in_axes=(STATE_AXES, batch_axis, None), out_axes=(STATE_AXES, 0))
+    step = mapped if side_by_side else looped(step, batch_axis)
+  return step
+
+
+def looped(step: Step, batch_axis: int | None) -> Step:
+  """What `jax.vmap` does in `together`, one after another."""
+
+  def of_all(state, batch, frozen):
+    def one(own):
+      its_state, its_batch = own
+      after, measured = step(its_state._replace(step=state.step), batch if batch_axis is None else its_batch, frozen)
+      return _without_step(after), measured
+
+    after, measured = jax.lax.map(one, (_without_step(state), () if batch_axis is None else batch))
+    return after._replace(step=state.step + 1), measured
+
+  return of_all
+
+
+def compile_program(job: Job, state: TrainState, batch: Any, side_by_side: bool) -> tuple[Program, int]:
+  """`(program, bytes that its step needs)`, the latter by the compiler's own account."""
+  step = jax.jit(together(job.step, side_by_side), donate_argnums=0).lower(state, batch, job.frozen).compile()
+  memory: Any = step.memory_analysis()
+  needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  final, measure = job.final, job.measure
+  for _ in range(2):  # S and A
+    final = jax.vmap(final, in_axes=(STATE_AXES,))
+    measure = _measured(measure, side_by_side)
+
+  def pick(state, s, a):
+    return jax.tree.map(lambda x: x[s, a], _without_step(state))._replace(step=state.step)
+
+  program = Program(step, jax.jit(final), jax.jit(measure), jax.jit(pick))
+  return program, needed - memory.alias_size_in_bytes
+
+
+def _without_step(state: TrainState) -> Any:
+  """Without the one entry that has no axes of arms."""
+  return state._replace(step=())  # type: ignore[arg-type]
+
+
+def _measured(measure: Measure, side_by_side: bool) -> Measure:
+  return lambda params, batch: jax.lax.map(
+    lambda own: measure(own, batch), params, batch_size=len(jax.tree.leaves(params)[0]) if side_by_side else None
+  )
+
+
+def stack(states: Sequence[TrainState], orders: int) -> TrainState:
+  """S * A states, order by order, as one of shape [S, A, ...]."""
+
+  def together(*leaves):
+    return jnp.stack(leaves).reshape(orders, -1, *leaves[0].shape)
+
+  stacked = jax.tree.map(together, *map(_without_step, states))
+  return stacked._replace(step=states[0].step)
+
+
+def memory_limit() -> float:
+  """Bytes that a population may take: of the device, or of the machine where that is the device."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return 0.9 * stats['bytes_limit']
+  with contextlib.suppress(OSError):
+    lines = Path('/proc/meminfo').read_text().splitlines()
+    return 0.8 * next(1024.0 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
+  return math.inf
+
+
+# ------------------------------------------------------------------------------------------------------- its members
+
+
+class Member:
+  """One arm of a population: its place in the arrays, its files and its books."""
+
+  def __init__(self, config: Config, arm_id: str, at: tuple[int, int], workdir: Path, size: int):
+    self.at = at  # order of the data, arm within it
+    self.config, self.arm_id, self.folder = config, arm_id, workdir / 'arms' / arm_id
+    self.code: int | None = None  # of its exit, once it has ended
+    self._share = 1 / size
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._record = Record(self.folder, arm_id, config, population=size)
+
+  def open(self, job: Job, files: contextlib.ExitStack) -> None:
+    self.job = job._replace(config=self.config, folder=self.folder)
+    self.checkpoints = files.enter_context(
+      Checkpoints(self.folder / 'checkpoints', self.config.run.keep, logging.warning)
+    )
+
+  def start(self, step: int, remembered: Mapping[str, Any], files: contextlib.ExitStack) -> None:
+    sinks = metrics.sinks(self.config, self.folder, self.arm_id)
+    self.log = metrics.MetricLog(self.folder / 'metrics.jsonl', step, sinks, logging.warning)
+    files.callback(self.log.close)
+    self.ledger = files.enter_context(Ledger(self.log, self.config, self.job.flops, step, remembered, self._share))
+
+  def add(self, step: int, measured: Mapping[str, Any]) -> None:
+    """Books a step; a loss that is not finite ends this arm, with its last good checkpoint, and no other."""
+    try:
+      self.ledger.add(step, measured)
+      self.ledger.settle()
+    except NotFinite as error:
+      self.end(error)
+
+  def end(self, error: BaseException) -> None:
+    self.code = self._record.ended(error)
+
+  def finish(self, state: TrainState, workdir: Path) -> None:
+    results = {**self.log.evaluated[self.config.train.steps], **self.ledger.record()}
+    self.code = self._record.done({**finish(self.job, state, results), **cost_of_parents(self.config, workdir)})
+
+
+def by_progress(arms: Mapping[str, Config], workdir: Path) -> list[dict[str, Config]]:
+  """The arms in parts that can go on together: of each, all have a checkpoint of one step, or none has any."""
+  left = {arm_id: set(saved(workdir / 'arms' / arm_id / 'checkpoints')) for arm_id in arms}
+  parts = []
+  while left:
+    # The step that most of them have (the later one of two), or to have none.
+    counts = collections.Counter(step for steps in left.values() for step in (steps or {-1}))
+    common = max(counts, key=lambda step: (counts[step], step))
+    chosen = [arm_id for arm_id, steps in left.items() if common in (steps or {-1})]
+    parts += [{arm_id: arms[arm_id] for arm_id in group} for group in groups({i: arms[i] for i in chosen})]
+    for arm_id in chosen:
+      del left[arm_id]
+  return parts
+
+
+def halves(arms: Mapping[str, Config]) -> list[dict[str, Config]]:
+  """Two populations in place of one: of half of the arms of every order, or of half of the orders."""
+  orders: dict[int, list[str]] = {}
+  for arm_id, config in arms.items():
+    orders.setdefault(config.data.seed, []).append(arm_id)
+  rows = list(orders.values())
+  if half := len(rows[0]) // 2:
+    split = [row[:half] for row in rows], [row[half:] for row in rows]
+  else:
+    split = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+  return [{arm_id: arms[arm_id] for row in part for arm_id in row} for part in split]
+
+
+def restore(members: Sequence[Member], abstract: TrainState) -> Sequence[tuple[TrainState, Mapping[str, Any]]]:
+  """`(state, record)` of every member at the newest step of which all have an intact checkpoint; fresh without any."""
+  common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
+  for step in sorted(common, reverse=True):
+    found = [member.checkpoints.read(step, abstract) for member in members]
+    intact = [each for each in found if each is not None]
+    if len(intact) == len(members):
+      return intact
+  return [(member.job.fresh(member.config), {}) for member in members]
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def run(arms: Mapping[str, Config], workdir: Path) -> dict[str, int]:
+  """Trains arms of one group (see `groups`), none of them done yet; `{arm id: exit code}`.
+
+  One program for all, or for the parts of them that fit into memory and have come equally far.
+  """
+  perf.keep_freed_memory()
+  perf.cache_compilations(workdir / 'cache')
+  codes: dict[str, int] = {}
+  waiting = by_progress(arms, workdir)
+  while waiting and EXIT_PREEMPTED not in codes.values():
+    part = waiting.pop(0)
+    ended = run_part(part, workdir)
+    if ended is None:
+      waiting = halves(part) + waiting
+    codes.update(ended or {})
+  return codes
+
+
+def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None:
+  """The exit codes; None if there is not enough memory, and nothing was done."""
+  in_order = sorted(arms.items(), key=lambda item: item[1].data.seed)
+  seeds = list(dict.fromkeys(config.data.seed for _, config in in_order))
+  per_order = len(arms) // len(seeds)
+  members = [
+    Member(config, arm_id, divmod(i, per_order), workdir, len(arms)) for i, (arm_id, config) in enumerate(in_order)
+  ]
+  try:
+    with disk_errors(workdir), Preemption() as stop, contextlib.ExitStack() as files:
+      with stop.at_once():  # nothing to lose yet
+        job = prepare(members[0].config, workdir, workdir)
+        for member in members:
+          member.open(job, files)
+        states, records = zip(*restore(members, job.abstract), strict=True)
+        state = stack(states, len(seeds))
+        batch = batches_of(members[0].config, seeds, workdir)
+        program, needed = compile_program(job, state, job.place(batch(int(state.step))), jax.default_backend() != 'cpu')
+        if needed > memory_limit() and len(arms) > 1:
+          return None
+        for member, record in zip(members, records, strict=True):
+          member.start(int(state.step), record, files)
+      state = train(members, program, state, job, batch, stop)
+      for member in alive(members):
+        member.finish(program.one(state, member.at), workdir)
+  except Exception as error:
+    for member in members:
+      if member.code is None:
+        member.end(error)
+  return {member.arm_id: member.code for member in members if member.code is not None}
+
+
+def batches_of(config: Config, seeds: Sequence[int], workdir: Path) -> Callable[[int], dict[str, np.ndarray]]:
+  """step -> the batches [S, B, T] of all orders of the data."""
+  datasets = [
+    open_data(dataclasses.replace(config.data, seed=seed, content=''), workdir / 'data', logging.info) for seed in seeds
+  ]
+
+  def batch(step: int) -> dict[str, np.ndarray]:
+    rows = [dataset.batch(step) for dataset in datasets]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  return batch
+
+
+def train(
+  members: Sequence[Member],
+  program: Program,
+  state: TrainState,
+  job: Job,
+  batch: Callable[[int], Any],
+  stop: Preemption,
+) -> TrainState:
+  """The loop of slm_jax/train.py for all that have not ended; returns the state after the last step."""
+  config, step = job.config, int(state.step)
+  steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
+  pending: tuple[int, Any] | None = None
+
+  def settle() -> None:  # what Ledger.settle is for one arm
+    nonlocal pending
+    if pending is not None:
+      (at, measured), pending = jax.device_get(pending), None
+      for member in alive(members):
+        member.add(at, {name: values[member.at] for name, values in measured.items()})
+
+  def evaluation() -> dict[str, float]:
+    """{arm id: loss} of those whose loss is their lowest so far."""
+    best = {}
+    total = evaluate.totals(program.measure, program.final(state), valid_batches(job), stop.check)
+    for member in alive(members):
+      own = jax.tree.map(lambda x, at=member.at: x[at], total)
+      best[member.arm_id] = member.ledger.evaluated(step, evaluate.means(own))
+    return {arm_id: loss for arm_id, loss in best.items() if loss is not None}
+
+  def save(chosen: Collection[str], best: Mapping[str, float]) -> None:
+    settle()
+    with paused(members):
+      for member in alive(members):
+        if member.arm_id in chosen:
+          member.checkpoints.save(step, program.one(state, member.at), member.ledger.record(), best.get(member.arm_id))
+
+  everyone = [member.arm_id for member in members]
+  with jax.transfer_guard('disallow'), Prefetch(batch, step, config.run.prefetch, job.place) as batches:
+    try:
+      while alive(members):
+        best: dict[str, float] = {}
+        due = [step not in member.log.evaluated for member in alive(members)]
+        if (step % config.eval.every == 0 or step == steps) and any(due):
+          settle()
+          with paused(members):
+            best = evaluation()
+        chosen = everyone if step % checkpoint_every == 0 or step == steps else list(best)
+        if chosen:
+          save(chosen, best)
+        if step == steps:
+          break
+        stop.check()
+        state, measured = program.step(state, next(batches), job.frozen)
+        step += 1
+        settle()
+        pending = (step, measured)
+    except Preempted:
+      save(everyone, {})
+      raise
+  return state
+
+
+def alive(members: Sequence[Member]) -> list[Member]:
+  return [member for member in members if member.code is None]
+
+
+@contextlib.contextmanager
+def paused(members: Sequence[Member]) -> Iterator[None]:
+  with contextlib.ExitStack() as ledgers:
+    for member in alive(members):
+      ledgers.enter_context(member.ledger.paused())
+    yield
