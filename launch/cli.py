@@ -1,11 +1,12 @@
 """The command line of every experiment file.
 
-    python -m experiments.NAME [--config.a.b=v ...] [--sweep=name] [--workdir=DIR] [--launch=local] [--dry_run]
+    python -m experiments.NAME [--config.a.b=v ...] [--sweep=name] [--only=arm,...] [--workdir=DIR] [--dry_run]
 
 A wrong flag, key, value or combination is one line on stderr and exit code 1, before anything is compiled or written.
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,20 @@ from typing import NoReturn
 
 from absl import flags
 
-from launch import worker
+from launch import budgets, search, worker
 from launch.engines import ENGINES, Engine, engine
 from launch.plan import Plan, experiment_name, units
-from slm_jax.ablate import report
+from slm_jax import distributed
+from slm_jax.ablate import report, why
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.ablate.arms import Arm, base_config, expand, shown, sweeps_of
+from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
+from slm_jax.ablate.choose import choose
+from slm_jax.ablate.search import outcome
 from slm_jax.config import ConfigError, flatten, require
-from slm_jax.preempt import EXIT_DONE, EXIT_FAILED
+from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
 PREFIX = '--config.'
+FEW = 5  # remarks of a kind
 
 
 def main(
@@ -33,11 +38,13 @@ def main(
 
   train: what trains one arm, `slm_jax.train.run` unless given.
   """
+  code = EXIT_FAILED
   try:
     code = launch(module or sys.modules['__main__'], sys.argv[1:] if argv is None else argv, train)
   except (ConfigError, flags.Error) as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    code = EXIT_FAILED
+  finally:
+    distributed.leave(code)
   sys.exit(code)
 
 
@@ -53,52 +60,126 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   # ---- is it possible?
   workdir = Path(options.workdir)
   workdirs.check_workdir(workdir, experiment_name(module))
-  everyone = expand(module, options.sweep, overrides)
-  chosen = [f'--sweep={options.sweep}'] if options.sweep else []
-  chosen += [f'{PREFIX}{key}={value}' for key, value in overrides.items()]
-  plan = Plan(module, workdir, everyone, chosen, baseline(module, everyone))
   chosen_engine = engine(options.launch)
+  everyone = arms_of(module, options, overrides)
+  if options.why:
+    print(why.explain(options.why, everyone, workdir))
+    return EXIT_DONE
+  chosen = choose(
+    everyone,
+    only=options.only or (),
+    exclude=options.exclude or (),
+    limit=options.limit,
+    is_done=lambda arm_id: workdirs.is_done(workdir, arm_id),
+  )
+  plan = Plan(module, workdir, chosen.arms, which(options, overrides), baseline(module, chosen.arms), everyone)
   chosen_engine.check(plan, options)
+  budgets.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
-  for line in remarks(plan, overrides):
+  alone = options.distributed in ('auto', 'off')
+  require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
+  for line in remarks(plan, everyone, chosen.along, overrides):
     print(line)
 
   # ---- do it
   if options.dry_run:
     from launch.dry_run import describe  # needs jax, to count and to measure
 
-    asked = plan._replace(arms=arms or everyone)
-    print(describe(asked, {arm.arm_id: arm for arm in everyone}))
+    asked = plan._replace(arms=arms or plan.arms)
+    print(describe(asked, *budgets.predicting(asked, options)))
+    asked = budgets.within(asked, options)
     print(f'\n{chosen_engine.show(asked, units(asked, options.arms_per_job), options)}')
     return EXIT_DONE
   if arms:
-    return run_some(plan, arms, train)
-  return run_all(plan, chosen_engine, options, train)
+    distributed.start(options.distributed)
+    return run_some(plan, arms, options, train)
+  return run_all(plan, chosen_engine, options, overrides, train)
 
 
-def run_all(plan: Plan, engine: Engine, options: flags.FlagValues, train: worker.Train | None) -> int:
+def arms_of(module: ModuleType, options: flags.FlagValues, overrides: Mapping[str, str]) -> list[Arm]:
+  """All arms of the sweep; of a search, those that the results so far ask for."""
+  if options.search:
+    return search.arms(module, options, overrides)
+  limit = math.inf if options.yes else MANY
+  return expand(module, options.sweep, overrides, seeds=options.seeds or 0, limit=limit)
+
+
+def which(options: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
+  """The part of the command line that decides what the arms are: for the workers' command lines."""
+  names = ['sweep', 'seeds', *(['search', 'search_round'] if options.search else [])]
+  words = [f'--{name}={options[name].value}' for name in names if options[name].value]
+  words += ['--yes'] * options.yes + budgets.chosen(options)
+  return words + [f'{PREFIX}{key}={value}' for key, value in overrides.items()]
+
+
+def run_all(
+  plan: Plan, engine: Engine, options: flags.FlagValues, overrides: Mapping[str, str], train: worker.Train | None
+) -> int:
   """Runs what is missing, then the report. Where nothing is, says so and writes nothing."""
-  n, missing = len(plan.arms), [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+  n, missing = len(plan.arms), unfinished(plan, options)
   if not missing and not is_stale(plan):
     print(f'all {n} arms are done; nothing to do\n\n{report.summary(plan.workdir, report.latest(plan.workdir))}')
     print(f'\n{plan.workdir / "report.html"}')
     return EXIT_DONE
-  print(f'{plan.name}: {n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
+  about = f'a search for {options.search} trials, so far ' if options.search else ''
+  print(f'{plan.name}: {about}{n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
+  plan = budgets.within(plan, options)
+  plan = plan._replace(baseline=baseline(plan.module, plan.arms))
   if train is None:
     engine.ready(plan, options)
   with workdirs.lock(plan.workdir):
     plan.record()
-    if train:
-      code = worker.run_arms(plan.arms, plan.workdir, train=train, fail_fast=options.fail_fast)
+    if options.search:
+      plan, code = run_search(plan, engine, options, overrides, train)
     else:
-      code = engine.run(plan, units(plan, options.arms_per_job), options)
+      code = run_plan(plan, engine, options, train)
     if code in (EXIT_DONE, EXIT_FAILED):
       conclude(plan)
+  if options.search and (best := search.best(plan.arms, plan.workdir)):
+    print(best)
   return code
 
 
-def run_some(plan: Plan, arms: Sequence[Arm], train: worker.Train | None) -> int:
+def run_plan(plan: Plan, engine: Engine, options: flags.FlagValues, train: worker.Train | None) -> int:
+  if train:
+    admit = budgets.admission(plan, options)
+    return worker.run_arms(plan.arms, plan.workdir, train=train, admit=admit, fail_fast=options.fail_fast)
+  return engine.run(plan, units(plan, options.arms_per_job), options)
+
+
+def run_search(
+  plan: Plan, engine: Engine, options: flags.FlagValues, overrides: Mapping[str, str], train: worker.Train | None
+) -> tuple[Plan, int]:
+  """Runs a search to its end, or until a trial fails: the plan with all of its arms, and the exit code."""
+  codes = []
+
+  def run(found: list[Arm], missing: list[Arm]) -> None:
+    plan._replace(arms=found).record()
+    codes.append(run_plan(plan._replace(arms=missing, sweep=found), engine, options, train))
+
+  found = search.arms(plan.module, options, overrides, run)
+  plan = plan._replace(arms=found, sweep=found)
+  if not unfinished(plan, options):
+    return plan, EXIT_DONE
+  return plan, EXIT_PREEMPTED if EXIT_PREEMPTED in codes else EXIT_FAILED
+
+
+def unfinished(plan: Plan, options: flags.FlagValues) -> list[Arm]:
+  """The arms to run. To a search, that a run diverged is a result like another: it is not tried again."""
+  if options.search:
+    return [arm for arm in plan.arms if outcome(plan.workdir, arm.arm_id) is None]
+  return [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+
+
+def run_some(plan: Plan, arms: Sequence[Arm], options: flags.FlagValues, train: worker.Train | None) -> int:
   """What a worker does: the given arms, each under its own lock, and no report."""
+  distributed.check_shared(plan.workdir)
+  distributed.on_main(note, plan, arms)
+  return worker.run_arms(arms, plan.workdir, train=train, admit=budgets.admission(plan, options))
+
+
+def note(plan: Plan, arms: Sequence[Arm]) -> None:
+  """Sees to it that what is about to run can be, and stands in experiment.json."""
   own = {arm.arm_id for arm in arms}
   for arm in arms:
     if workdirs.is_done(plan.workdir, arm.arm_id):
@@ -111,7 +192,6 @@ def run_some(plan: Plan, arms: Sequence[Arm], train: worker.Train | None) -> int
   if recorded is None or not own.issubset(recorded.arms):
     with workdirs.lock(plan.workdir):
       plan.record()
-  return worker.run_arms(arms, plan.workdir, train=train)
 
 
 def is_stale(plan: Plan) -> bool:
@@ -122,8 +202,9 @@ def is_stale(plan: Plan) -> bool:
     return True
   if callable(getattr(plan.module, 'report', None)) and not recorded.answer:
     return True
-  ends = [(workdirs.folder(plan.workdir, arm.arm_id) / 'DONE').stat().st_mtime for arm in plan.arms]
-  return max(ends) > page.stat().st_mtime
+  done = [arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)]
+  ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
+  return max(ends, default=0) > page.stat().st_mtime
 
 
 def conclude(plan: Plan) -> None:
@@ -162,6 +243,17 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
   values = flags.FlagValues()
   text = 'which sweep to run: NAME of a sweep_NAME(), several as A,B for their product, none for the base alone'
   flags.DEFINE_string('sweep', None, text, flag_values=values)
+  flags.DEFINE_integer('seeds', None, 'repeat a sweep that sets no seeds with so many', 1, flag_values=values)
+  text = 'only these arms: names, beginnings of ids or key=value, with * and ?; what they build on comes along'
+  flags.DEFINE_list('only', None, text, flag_values=values)
+  flags.DEFINE_list('exclude', None, 'all arms but these, given as for --only', flag_values=values)
+  flags.DEFINE_integer('limit', None, 'the first so many arms, and what they build on', 1, flag_values=values)
+  flags.DEFINE_bool('yes', False, f'more than {MANY:,} arms are meant', flag_values=values)
+  text = 'let search(trial) ask for so many arms, each in view of the losses before it; needs Optuna'
+  flags.DEFINE_integer('search', None, text, 1, flag_values=values)
+  flags.DEFINE_integer('search_round', 1, 'trials that a search asks for at a time', 1, flag_values=values)
+  text = 'ID1,ID2: show the settings in which the ids of two arms differ, of this sweep or in the workdir'
+  flags.DEFINE_list('why', None, text, flag_values=values)
   flags.DEFINE_string('workdir', f'runs/{name}', 'folder of the results', flag_values=values)
   flags.DEFINE_enum('launch', 'local', list(ENGINES), 'engine', flag_values=values)
   flags.DEFINE_bool(
@@ -170,8 +262,18 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
   flags.DEFINE_list(
     'arm', None, 'run only the arms with these ids, here and now: what a worker does', flag_values=values
   )
-  flags.DEFINE_integer('arms_per_job', 1, 'arms that one worker runs back to back', 1, flag_values=values)
+  text = 'whether this worker is one of several processes that train an arm together: as JAX detects it (auto; on: or'
+  text += ' end), off, or ADDRESS:PORT,COUNT,INDEX'
+  flags.DEFINE_string('distributed', 'auto', text, flag_values=values)
+  flags.DEFINE_integer(
+    'arms_per_job',
+    0,
+    'arms that one worker runs (default: one, or its share of those that can train in one program)',
+    0,
+    flag_values=values,
+  )
   flags.DEFINE_bool('fail_fast', False, 'stop at the first arm that fails', flag_values=values)
+  budgets.define(values)
   flags.DEFINE_bool('help', False, 'show this', short_name='h', flag_values=values)
   for name in ENGINES:
     engine(name).define(values)
@@ -215,17 +317,20 @@ def find(plan: Plan, arm_id: str) -> Arm:
   raise ConfigError(f'--arm={arm_id}: not among the {len(plan.arms)} arms of this sweep; --dry_run shows their ids')
 
 
-def remarks(plan: Plan, overrides: Mapping[str, str]) -> list[str]:
+def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides: Mapping[str, str]) -> list[str]:
   """What a user may not expect, and is told."""
-  lines = [
-    f'{arm.name!r} and {", ".join(map(repr, arm.aliases))} are the same arm, run once'
-    for arm in plan.arms
-    if arm.aliases
-  ]
+  merged = dict.fromkeys((arm.name, arm.aliases) for arm in everyone if arm.aliases)
+  lines = [f'{name!r} and {", ".join(map(repr, aliases))} are the same arm, run once' for name, aliases in merged]
+  if len(lines) > FEW:
+    lines = [*lines[: FEW - 1], f'and {len(lines) - FEW + 1} more arms are the same as others, and run once']
+  if along:
+    names = ', '.join(dict.fromkeys(repr(arm.name) for arm in along))
+    lines.append(f'{names}: not done, and the chosen arms build on it; {len(along)} more to run')
   for key in overrides:
-    if all(any(k == key or k.startswith(f'{key}.') for k in arm.diff) for arm in plan.arms):
+    if all(any(k == key or k.startswith(f'{key}.') for k in arm.diff) for arm in everyone):
       lines.append(f'{PREFIX}{key} has no effect: every arm of the sweep sets it')
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
-  return lines
+  changed = why.drift(plan.arms, plan.workdir)
+  return [*lines, changed] if changed else lines

@@ -11,7 +11,16 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. A module imports from its own floor and from lower ones.
 FLOORS = [
-  ['slm_jax.config', 'slm_jax.files', 'slm_jax.preempt', 'slm_jax.perf'],
+  [
+    'slm_jax.config',
+    'slm_jax.files',
+    'slm_jax.preempt',
+    'slm_jax.distributed',
+    'slm_jax.perf',
+    'slm_jax.chips',
+    'slm_jax.energy',
+    'slm_jax.revision',
+  ],
   ['slm_jax.model', 'slm_jax.interop'],
   ['slm_jax.data'],
   ['slm_jax.losses', 'slm_jax.optim', 'slm_jax.sharding'],

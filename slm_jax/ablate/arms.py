@@ -9,18 +9,31 @@ arms of one id are one run.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax.ablate import sweep as sweeps
 from slm_jax.ablate.sweep import SEEDS, Changes
-from slm_jax.config import ConfigError, arm_references, check, diff, kind_of, override, require, semantic_hash
+from slm_jax.config import (
+  ConfigError,
+  arm_references,
+  check,
+  diff,
+  flatten,
+  kind_of,
+  override,
+  require,
+  semantic_hash,
+)
 
 if TYPE_CHECKING:
   from slm_jax.data.config import DataConfig
   from slm_jax.experiment import Config
 
+MANY = 10_000  # arms of a sweep; more are likely a mistake
 DERIVED = ('name', 'data.content')  # what is computed, or a mere label, tells nobody how two arms differ
 
 
@@ -41,19 +54,21 @@ def expand(
   sweep_name: str | None = None,
   cli_overrides: Changes | None = None,
   *,
+  seeds: int = 0,
+  trials: Sequence[Changes] = (),
+  limit: float = math.inf,
   fingerprint: 'Callable[[DataConfig], str] | None' = None,
 ) -> list[Arm]:
   """The arms of an experiment, parents before children and otherwise in the order of the sweep.
 
-  sweep_name: see `changes_of`. cli_overrides change the base, before a sweep that asks for it sees it.
+  sweep_name, seeds, limit: see `changes_of`. cli_overrides change the base, before a sweep that asks for it sees it.
+  trials: overrides of more arms, those of a search; with them, the base is an arm only if a sweep has it.
   fingerprint: content hash of a data section; `slm_jax.data.sources.fingerprint` unless given.
   Raises ConfigError if any arm is impossible: none is returned unless all are sound.
   """
-  try:
-    base = override(base_config(module), cli_overrides or {})
-  except ConfigError as error:
-    raise ConfigError(f'--config.{error}' if cli_overrides else str(error)) from None
-  changes = changes_of(module, sweep_name, base)
+  base = base_of(module, cli_overrides)
+  changes = [] if trials and not sweep_name else changes_of(module, sweep_name, base, seeds=seeds, limit=limit)
+  changes = [*changes, *trials]
   content = _content_of(fingerprint)
   configs = [_resolve(base, change, content) for change in changes]
   names = label(configs, changes)
@@ -70,6 +85,14 @@ def base_config(module: ModuleType) -> 'Config':
   return base
 
 
+def base_of(module: ModuleType, cli_overrides: Changes | None = None) -> 'Config':
+  """The base with the overrides of the command line."""
+  try:
+    return override(base_config(module), cli_overrides or {})
+  except ConfigError as error:
+    raise ConfigError(f'--config.{error}' if cli_overrides else str(error)) from None
+
+
 def sweeps_of(module: ModuleType) -> dict[str, Callable[..., Iterable[Changes]]]:
   """`{'sweep': sweep, 'lr': sweep_lr, ...}` in the order of definition."""
   found = {}
@@ -79,11 +102,15 @@ def sweeps_of(module: ModuleType) -> dict[str, Callable[..., Iterable[Changes]]]
   return found
 
 
-def changes_of(module: ModuleType, sweep_name: str | None, base: 'Config') -> list[Changes]:
+def changes_of(
+  module: ModuleType, sweep_name: str | None, base: 'Config', *, seeds: int = 0, limit: float = math.inf
+) -> list[Changes]:
   """The overrides of every arm.
 
   sweep_name: 'a' for `sweep_a`, 'a,b' for the product of two, 'none' for the base alone. Not given: `sweep()` if there
   is one, else the only sweep; a file without sweeps has one arm, its base.
+  seeds: repeats all of it with so many seeds, if positive.
+  limit: more arms than that are a ConfigError, raised before they are made.
   """
   known = sweeps_of(module)
   if not sweep_name:
@@ -91,23 +118,33 @@ def changes_of(module: ModuleType, sweep_name: str | None, base: 'Config') -> li
       'sweep' in known or len(known) < 2, f'--sweep: name one or more of {", ".join(known)}; or none for the base alone'
     )
     sweep_name = 'sweep' if 'sweep' in known else next(iter(known), 'none')
-  if sweep_name == 'none':
-    return [{}]
-  parts = []
-  for name in sweep_name.split(','):
+  parts: list[list[Changes]] = [] if sweep_name != 'none' else [[{}]]
+  for name in sweep_name.split(',') if sweep_name != 'none' else ():
     require(name in known, f'--sweep={name}: no such sweep; there is: {", ".join([*known, "none"])}')
-    parts.append(_yielded(name, known[name], base))
+    parts.append(_yielded(name, known[name], base, limit))
+  if seeds:
+    own = next((key for part in parts for change in part for key in SEEDS if key in change), None)
+    require(own is None, f'--seeds={seeds}: the sweep sets {own} itself')
+    parts.append(list(sweeps.seeds(seeds)))
+  n = math.prod(map(len, parts))
+  require(n <= limit, f'sweep {sweep_name!r}: {n:,} arms; --yes if so many are meant')
   return list(sweeps.product(*parts))
 
 
-def _yielded(name: str, function: Callable[..., Iterable[Changes]], base: 'Config') -> list[Changes]:
-  parameters = inspect.signature(function).parameters.values()
-  wants_base = any(p.default is p.empty for p in parameters)
-  changes = list(function(base) if wants_base else function())
+def _yielded(name: str, function: Callable[..., Iterable[Changes]], base: 'Config', limit: float) -> list[Changes]:
+  found = iter(function(base) if wants_base(function) else function())
+  changes = list(found if limit == math.inf else itertools.islice(found, int(limit) + 1))
   require(len(changes) > 0, f'sweep {name!r}: yields no arms')
+  require(len(changes) <= limit, f'sweep {name!r}: more than {limit:,} arms; --yes if so many are meant')
   for change in changes:
     require(isinstance(change, Mapping), f'sweep {name!r}: yields {change!r}, expected {{"dotted.key": value}}')
   return changes
+
+
+def wants_base(function: Callable[..., Any], already: int = 0) -> bool:
+  """Whether it has one more parameter that must be given, besides the first `already`."""
+  parameters = list(inspect.signature(function).parameters.values())
+  return any(p.default is p.empty for p in parameters[already:])
 
 
 def _resolve(base: 'Config', change: Changes, content: 'Callable[[DataConfig], str]') -> 'Config':
@@ -134,7 +171,7 @@ def _content_of(fingerprint: 'Callable[[DataConfig], str] | None') -> 'Callable[
 def label(configs: 'Sequence[Config]', changes: Sequence[Changes]) -> list[str]:
   """Names that tell apart what differs in more than its seeds: the given ones, followed by what varies where needed."""
   names = [''] * len(configs)
-  for given, members in _by_name(config.name for config in configs).items():
+  for given, members in _places(config.name for config in configs).items():
     keys = dict.fromkeys(k for i in members for k in changes[i] if k not in ('name', *SEEDS))
     varying = [k for k in keys if len({shown(changes[i][k]) if k in changes[i] else None for i in members}) > 1]
     last = [k.rsplit('.', 1)[-1] for k in varying]
@@ -145,10 +182,11 @@ def label(configs: 'Sequence[Config]', changes: Sequence[Changes]) -> list[str]:
   return names
 
 
-def _by_name(names: Iterable[str]) -> dict[str, list[int]]:
-  places: dict[str, list[int]] = {}
-  for i, name in enumerate(names):
-    places.setdefault(name, []).append(i)
+def _places(keys: Iterable[Any]) -> dict[Any, list[int]]:
+  """Where each key stands."""
+  places: dict[Any, list[int]] = {}
+  for i, key in enumerate(keys):
+    places.setdefault(key, []).append(i)
   return places
 
 
@@ -172,6 +210,7 @@ class Linked(NamedTuple):
   arm_id: str
   group: str
   config: 'Config'  # with ids in place of names
+  parents: Mapping[str, str]  # {dotted key: arm id}
 
 
 def link(configs: 'Sequence[Config]', names: Sequence[str], changes: Sequence[Changes]) -> list[Linked]:
@@ -181,7 +220,8 @@ def link(configs: 'Sequence[Config]', names: Sequence[str], changes: Sequence[Ch
   same order of data, and the same of whatever else the sweep varies in all of them and in the arm that refers to it.
   """
   done: dict[int, Linked] = {}
-  by_label, by_given = _by_name(names), _by_name(config.name for config in configs)
+  candidates = _candidates(configs, names, changes)
+  identity = functools.cache(semantic_hash)  # repetitions have one group
 
   def visit(i: int, path: tuple[int, ...]) -> Linked:
     if i in path:
@@ -198,33 +238,78 @@ def link(configs: 'Sequence[Config]', names: Sequence[str], changes: Sequence[Ch
           )
         ids[key], groups[key] = next((p.arm_id, p.group) for p in found.values())
       config = override(configs[i], ids)
-      group = semantic_hash(override(config, {**groups, **dict.fromkeys(SEEDS, 0)}))
-      done[i] = Linked(semantic_hash(config), group, config)
+      group = identity(override(config, {**groups, **dict.fromkeys(SEEDS, 0)}))
+      done[i] = Linked(identity(config), group, config, ids)
     return done[i]
-
-  def candidates(i: int, key: str, wanted: str) -> list[int]:
-    found = by_label.get(wanted) or by_given.get(wanted)
-    if not found:
-      known = ', '.join(dict.fromkeys(names))
-      raise ConfigError(f'{key}={wanted!r} (in the arm {names[i]!r}): no arm has that name; there is: {known}')
-    found = [j for j in found if configs[j].seed == configs[i].seed] or found
-    found = [j for j in found if configs[j].data.seed == configs[i].data.seed] or found
-    common = [k for k in changes[i] if all(k in changes[j] for j in found)]
-    varied = [k for k in common if any(changes[j][k] != changes[found[0]][k] for j in found)]
-    return [j for j in found if all(changes[j][k] == changes[i][k] for k in varied)] or found
 
   return [visit(i, ()) for i in range(len(configs))]
 
 
+def _candidates(
+  configs: 'Sequence[Config]', names: Sequence[str], changes: Sequence[Changes]
+) -> Callable[[int, str, str], list[int]]:
+  """The function from (an arm, its key, the name there) to the arms that may be meant; see `link`.
+
+  Everything is looked up: thousands of arms may each refer to one of thousands.
+  """
+  labels, given = set(names), [config.name for config in configs]
+  seeds = [(config.seed, config.data.seed) for config in configs]
+  kinds = ((True, True), (True, False), (False, True), (False, False))  # which seeds must be the same, best first
+
+  def seeds_of(i: int, kind: tuple[bool, bool]) -> tuple[int | None, ...]:
+    return tuple(seed if needed else None for seed, needed in zip(seeds[i], kind, strict=True))
+
+  @functools.cache
+  def of(kind: tuple[bool, bool], by_label: bool) -> dict[Hashable, list[int]]:
+    return _places((name, seeds_of(i, kind)) for i, name in enumerate(names if by_label else given))
+
+  @functools.cache
+  def varied(kind: tuple[bool, bool], by_label: bool, at: Hashable) -> tuple[str, ...]:
+    first, *others = (changes[j] for j in of(kind, by_label)[at])
+    common = [key for key in first if all(key in other for other in others)]
+    return tuple(key for key in common if any(other[key] != first[key] for other in others))
+
+  @functools.cache
+  def of_values(
+    kind: tuple[bool, bool], by_label: bool, at: Hashable, keys: tuple[str, ...]
+  ) -> Mapping[Any, list[int]]:
+    found = of(kind, by_label)[at]
+    places = _places(tuple(_hashable(changes[j][key]) for key in keys) for j in found)
+    return {values: [found[p] for p in where] for values, where in places.items()}
+
+  def candidates(i: int, key: str, wanted: str) -> list[int]:
+    by_label = wanted in labels
+    for kind in kinds:
+      at = (wanted, seeds_of(i, kind))
+      if at in of(kind, by_label):
+        keys = tuple(k for k in varied(kind, by_label, at) if k in changes[i])
+        same = of_values(kind, by_label, at, keys).get(tuple(_hashable(changes[i][k]) for k in keys))
+        return same or of(kind, by_label)[at]
+    known = ', '.join(dict.fromkeys(names))
+    raise ConfigError(f'{key}={wanted!r} (in the arm {names[i]!r}): no arm has that name; there is: {known}')
+
+  return candidates
+
+
+def _hashable(value: Any) -> Hashable:
+  try:
+    hash(value)
+  except TypeError:
+    return repr(value)
+  return value
+
+
 def _arms(base: 'Config', configs: 'Sequence[Config]', names: Sequence[str], links: Sequence[Linked]) -> list[Arm]:
   arms: dict[str, Arm] = {}
-  for named, name, (arm_id, group, config) in zip(configs, names, links, strict=True):
+  aliases: dict[str, dict[str, None]] = {}
+  for named, name, (arm_id, group, config, parents) in zip(configs, names, links, strict=True):
     if arm_id in arms:
-      if name not in (arms[arm_id].name, *arms[arm_id].aliases):
-        arms[arm_id] = arms[arm_id]._replace(aliases=(*arms[arm_id].aliases, name))
+      aliases.setdefault(arm_id, {})[name] = None
       continue
     config = dataclasses.replace(config, name=name)
-    arms[arm_id] = Arm(arm_id, name, config, dict(arm_references(config)), differences(base, named), group)
+    arms[arm_id] = Arm(arm_id, name, config, parents, differences(base, named), group)
+  for arm_id, others in aliases.items():
+    arms[arm_id] = arms[arm_id]._replace(aliases=tuple(other for other in others if other != arms[arm_id].name))
   return _parents_first(arms)
 
 
@@ -232,9 +317,14 @@ def differences(base: 'Config', other: 'Config') -> dict[str, tuple[Any, Any]]:
   """`config.diff` for people: without labels and what is computed; a new transform is held against its defaults."""
   own = {type(part): part for part in base.transforms}
   like = dataclasses.replace(base, transforms=tuple(own.get(type(part), type(part)()) for part in other.transforms))
-  changed = {key: values for key, values in diff(like, other).items() if key not in DERIVED}
+  changed = {key: values for key, values in diff(_flat(like), other).items() if key not in DERIVED}
   before, here = ([kind_of(part) for part in config.transforms] for config in (base, other))
   return changed if before == here else {'transforms': (before, here), **changed}
+
+
+@functools.lru_cache(maxsize=64)
+def _flat(config: 'Config') -> dict[str, Any]:
+  return flatten(config)  # of the base, the same for all arms that have its transforms
 
 
 def _parents_first(arms: Mapping[str, Arm]) -> list[Arm]:

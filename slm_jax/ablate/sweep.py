@@ -3,16 +3,23 @@
     def sweep():
       yield from product(({'optim.learning_rate': lr} for lr in (1e-3, 3e-3)), seeds(3))
 
-One sweep after the other is `yield from` twice; side by side is a loop over `zip`.
+product     every combination                  zipped      side by side, element by element
+chain       one after the other                seeds       repetitions
+sample      a few elements of a sweep, or a few points of a space:
+
+    sample({'optim.learning_rate': loguniform(1e-4, 1e-2), 'optim.clip': choice(0.5, 1.0)}, k=20, seed=0)
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from slm_jax.config import ConfigError
+from slm_jax.config import ConfigError, require
 
 Changes = Mapping[str, Any]
+Quantile = Callable[[float], Any]  # a distribution, as the function from [0, 1) to its values
 
 SEEDS = ('seed', 'data.seed')  # the keys in which repetitions of one arm differ
 
@@ -26,10 +33,76 @@ def seeds(n: int, first: int = 0) -> Iterator[Changes]:
 def product(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
   """Every combination of one element of each sweep, the last one varying fastest. ConfigError if two set one key."""
   for parts in itertools.product(*sweeps):
-    merged: dict[str, Any] = {}
-    for part in parts:
-      both = sorted(merged.keys() & part.keys())
-      if both:
-        raise ConfigError(f'product of sweeps: {both[0]} is set by two of them')
-      merged.update(part)
-    yield merged
+    yield _merged(parts, 'product of sweeps')
+
+
+def zipped(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
+  """The first elements together, the second ones together, ... ConfigError if the lengths differ or two set one key."""
+  lists = [list(sweep) for sweep in sweeps]
+  lengths = [len(sweep) for sweep in lists]
+  require(len(set(lengths)) < 2, f'zipped sweeps: of {", ".join(map(str, lengths))} elements; they must be as many')
+  for parts in zip(*lists, strict=True):
+    yield _merged(parts, 'zipped sweeps')
+
+
+def chain(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
+  """The elements of the first sweep, then those of the second, ..."""
+  return itertools.chain(*sweeps)
+
+
+def _merged(parts: Sequence[Changes], what: str) -> Changes:
+  merged: dict[str, Any] = {}
+  for part in parts:
+    both = sorted(merged.keys() & part.keys())
+    if both:
+      raise ConfigError(f'{what}: {both[0]} is set by two of them')
+    merged.update(part)
+  return merged
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(source: Iterable[Changes] | Mapping[str, Quantile], k: int, seed: int = 0) -> Iterator[Changes]:
+  """k elements of a finite sweep, none twice and in its order; or k random points of a space `{key: distribution}`.
+
+  The same for the same seed, on any machine. A larger k adds to what a smaller one gives; in a space, so does another
+  key, and the order of the keys is of no matter: arms that have been run stay arms of the sweep.
+  ConfigError if a sweep has fewer than k elements.
+  """
+  require(k > 0, f'sample: k={k}: must be positive')
+  if isinstance(source, Mapping):
+    for key, value in source.items():
+      require(callable(value), f'sample: {key}={value!r}: expected a distribution; a constant is choice({value!r})')
+    for i in range(k):
+      yield {key: quantile(random.Random(f'{seed}/{i}/{key}').random()) for key, quantile in source.items()}
+    return
+  elements = list(source)
+  require(k <= len(elements), f'sample: k={k}: the sweep has only {len(elements)} elements')
+  order = sorted(range(len(elements)), key=lambda i: random.Random(f'{seed}/{i}').random())
+  for i in sorted(order[:k]):
+    yield elements[i]
+
+
+def uniform(low: float, high: float) -> Quantile:
+  """Every value between is equally likely. Values have four digits: names and tables show them as they are."""
+  require(
+    math.isfinite(low) and math.isfinite(high) and low < high, f'uniform({low!r}, {high!r}): low < high is needed'
+  )
+  return lambda u: _rounded(low + u * (high - low), low, high)
+
+
+def loguniform(low: float, high: float) -> Quantile:
+  """Every ratio is equally likely: as many values between 1e-4 and 1e-3 as between 1e-3 and 1e-2. Four digits."""
+  require(0 < low < high < math.inf, f'loguniform({low!r}, {high!r}): 0 < low < high is needed')
+  return lambda u: _rounded(low * (high / low) ** u, low, high)
+
+
+def choice(*values: Any) -> Quantile:
+  """One of the values, all equally likely."""
+  require(len(values) > 0, 'choice(): needs at least one value')
+  return lambda u: values[int(u * len(values))]
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+  return min(max(float(f'{value:.4g}'), low), high)

@@ -1,6 +1,7 @@
 """Expansion of experiment files: names, products, references, order, identity."""
 
 import dataclasses
+import sys
 
 import pytest
 from fakes import arms_of, experiment
@@ -19,29 +20,6 @@ LR = [{'optim.learning_rate': 1e-3}, {'optim.learning_rate': 3e-3}]
 STEPS = [{'train.steps': 5}, {'train.steps': 6}, {'train.steps': 7}]
 TEACHER = {'name': 'teacher', 'model.n_layers': 4}
 STUDENT = {'name': 'student', 'transforms': (Distill('teacher'),)}
-
-
-# ------------------------------------------------------------------------------------------------- the algebra
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 4), max_size=4))
-def test_product_has_every_combination_once(sizes):
-  sweeps = [[{f'k{i}': v} for v in range(n)] for i, n in enumerate(sizes)]
-  found = [tuple(sorted(changes.items())) for changes in product(*sweeps)]
-  expected = 1
-  for n in sizes:
-    expected *= n
-  assert len(set(found)) == len(found) == expected
-
-
-def test_product_refuses_two_sweeps_of_one_key():
-  with pytest.raises(ConfigError, match=r'optim\.learning_rate is set by two'):
-    list(product(LR, LR))
-
-
-def test_seeds_change_parameters_and_order_of_data_together():
-  assert list(seeds(2)) == [{'seed': 0, 'data.seed': 0}, {'seed': 1, 'data.seed': 1}]
 
 
 # ----------------------------------------------------------------------------------------------- which arms there are
@@ -284,3 +262,25 @@ def test_parents_come_first_in_any_graph(random, n):
     assert seen.issuperset(arm.parents.values())
     seen.add(arm.arm_id)
   assert len(seen) == n
+
+
+def test_the_work_grows_with_the_number_of_arms_and_not_with_its_square():
+  """Calls of functions, counted: four times as many teachers, each with its student, take four times as many."""
+
+  def calls(n):
+    rates, count = [{'optim.learning_rate': 1e-6 * (1 + i)} for i in range(n)], 0
+    module = experiment(sweep=list(product(rates, [TEACHER, STUDENT])))
+
+    def note(*_):
+      nonlocal count
+      count += 1
+
+    sys.setprofile(note)
+    try:
+      arms_of(module)
+    finally:
+      sys.setprofile(None)
+    return count
+
+  calls(5)
+  assert calls(200) / calls(50) == pytest.approx(4, rel=0.01)

@@ -1,0 +1,64 @@
+"""A search on this machine: round after round of trials, each an arm like any other."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+
+from slm_jax.ablate import search
+from slm_jax.ablate.arms import MANY, Arm, base_of, expand, shown
+from slm_jax.ablate.sweep import Changes
+from slm_jax.config import require
+
+Run = Callable[[list[Arm], list[Arm]], None]  # (the arms so far, those of them to be run now)
+
+
+def check(options: flags.FlagValues) -> None:
+  """ConfigError if other flags cannot be meant beside --search."""
+  require(
+    options.launch == 'local', f'--launch={options.launch}: cannot wait for the rounds of --search; allowed: local'
+  )
+  for name in ('seeds', 'only', 'exclude', 'limit'):
+    require(not options[name].value, f'--{name}: cannot be combined with --search')
+
+
+def arms(
+  module: ModuleType, options: flags.FlagValues, overrides: Mapping[str, str], run: Run | None = None
+) -> list[Arm]:
+  """The arms of --sweep, if it is given, and the trials of the search as far as their losses are known, and one round.
+
+  run: makes losses known, by running arms of a round that have none yet; after that, all trials are here unless a run
+  failed. The later trials depend on it: they wait until it is launched again. A run that diverged is an answer.
+  """
+  from slm_jax.data import sources  # heavier than the rest
+
+  check(options)
+  workdir, fingerprint = Path(options.workdir), functools.cache(sources.fingerprint)
+  limit = math.inf if options.yes else MANY
+  found: dict[str, Arm] = {}
+
+  def losses(trials: Sequence[Changes]) -> list[float | None]:
+    now = expand(module, options.sweep, overrides, trials=trials, limit=limit, fingerprint=fingerprint)
+    new = [arm for arm in now if arm.arm_id not in found]
+    found.update((arm.arm_id, arm) for arm in new)
+    missing = [arm for arm in new if search.outcome(workdir, arm.arm_id) is None]
+    if missing and run:
+      run(list(found.values()), missing)
+    ids = {name: arm.arm_id for arm in now for name in (arm.name, *arm.aliases)}
+    return [search.outcome(workdir, ids[trial['name']]) for trial in trials]
+
+  search.explore(module, base_of(module, overrides), options.search, options.search_round, losses)
+  return list(found.values())
+
+
+def best(plan_arms: Sequence[Arm], workdir: Path) -> str:
+  """One line about the trial with the lowest loss; '' if there is none."""
+  known = [(search.outcome(workdir, arm.arm_id), arm) for arm in plan_arms if arm.name.startswith('trial ')]
+  finite = [(loss, arm) for loss, arm in known if loss is not None and loss < math.inf]
+  if not finite:
+    return ''
+  loss, arm = min(finite, key=lambda pair: pair[0])
+  return f'best: {arm.name}, loss {loss:.4g}: ' + ', '.join(f'{key}={shown(v)}' for key, (_, v) in arm.diff.items())
