@@ -1,24 +1,32 @@
-"""`python -m launch.report WORKDIR [--all]`: the table of a workdir on the terminal; results.csv and report.html anew.
+"""Tables on the terminal, and pages, from what the runs of a workdir left.
 
-Without --all, the table and the page hold the arms of the latest launch; results.csv always holds every arm.
+    python -m launch.report WORKDIR [--all]     its tables; results.csv and report.html anew
+    python -m launch.report A B [--all]         two workdirs, arms of one name compared; B/compare.html
+
+Without --all, tables and pages hold the arms of the latest launch; results.csv always holds every arm.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slm_jax.ablate import report
+from slm_jax.ablate import compare, report
 from slm_jax.config import ConfigError, require
 
 
 def main(argv: Sequence[str]) -> int:
   try:
-    folders = [argument for argument in argv if argument != '--all']
-    known = len(folders) == 1 and not folders[0].startswith('-')
-    require(known, f'usage: python -m launch.report WORKDIR [--all]; got: {" ".join(argv) or "nothing"}')
-    workdir = Path(folders[0])
-    require((workdir / 'arms').is_dir(), f'{workdir}: no arms there; expected the --workdir of an experiment')
-    print(report.publish(workdir, everything='--all' in argv))
+    folders = [Path(argument) for argument in argv if argument != '--all']
+    known = len(folders) in (1, 2) and not any(str(folder).startswith('-') for folder in folders)
+    usage = 'usage: python -m launch.report WORKDIR [--all], or two workdirs to compare them'
+    require(known, f'{usage}; got: {" ".join(argv) or "nothing"}')
+    for workdir in folders:
+      require((workdir / 'arms').is_dir(), f'{workdir}: no arms there; expected the --workdir of an experiment')
+    everything = '--all' in argv
+    if len(folders) == 1:
+      print(report.publish(folders[0], everything))
+    else:
+      print(compare.publish(folders[0], folders[1], everything))
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

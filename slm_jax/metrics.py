@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_jax import distributed
 from slm_jax.config import ConfigError, to_dict
 from slm_jax.files import write_text
 
 Sink = Callable[[int, str, Mapping[str, float]], None]  # (step, kind, values)
+FORMAT = 1  # of what a run leaves (run.json, metrics.jsonl); a number that run.json holds
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -24,14 +27,17 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class MetricLog:
-  """Appends to metrics.jsonl, each line flushed, and passes every record on to the sinks."""
+  """Appends to metrics.jsonl, each line flushed, and passes every record on to the sinks.
+
+  Of several processes only the first one has a file and sinks; all know what has been evaluated.
+  """
 
   def __init__(self, path: Path, step: int, sinks: tuple[Sink, ...], warn: Callable[[str], None]):
     """Lines of steps after `step`, from which a run goes on, are dropped: they are about to be written again."""
-    kept = [line for line in read(path) if line['step'] <= step]
-    write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
-    self.evaluated = {line['step']: line for line in kept if line['kind'] == 'eval'}
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
+    evaluated = distributed.on_main(_cut_back, path, step)
+    self.evaluated = {line['step']: line for line in evaluated}
+    where = path if distributed.is_main() else os.devnull
+    self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
     self._sinks, self._warn = list(sinks), warn
 
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -52,13 +58,24 @@ class MetricLog:
     self._file.close()
 
 
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+  """Drops the lines of later steps; returns the evaluations among the others."""
+  kept = [line for line in read(path) if line['step'] <= step]
+  write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  return [line for line in kept if line['kind'] == 'eval']
+
+
 def sinks(config: Any, folder: Path, arm_id: str) -> tuple[Sink, ...]:
   """The sinks that `config.run` asks for."""
   found: list[Sink] = []
-  if config.run.tensorboard:
-    found.append(tensorboard(folder / 'tensorboard'))
-  if config.run.wandb:
-    found.append(wandb(folder, arm_id, config.name, to_dict(config)))
+
+  def add() -> None:
+    if config.run.tensorboard:
+      found.append(tensorboard(folder / 'tensorboard'))
+    if config.run.wandb:
+      found.append(wandb(folder, arm_id, config.name, to_dict(config)))
+
+  distributed.on_main(add)
   return tuple(found)
 
 

@@ -1,19 +1,20 @@
-"""The plots of a report: loss against tokens and FLOPs with bands over seeds, and final losses with intervals.
+"""The plots of a report: losses against what a sweep varies, tokens and FLOPs; final losses; differences.
 
 Each is drawn twice: for plots/*.svg with its own colours and legend, and for the page, whose style sheet gives colours
-(light or dark) and whose legend stands above all plots.
+(light or dark). Where the lines are the arms, the page has one legend for all plots.
 """
 
+import functools
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slm_jax.ablate import results, stats
+from slm_jax.ablate import stats, swept
 from slm_jax.ablate.results import Point
-from slm_jax.ablate.table import Line
+from slm_jax.ablate.table import Line, short
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ INK, RULE = '#202124', '#d0d3d8'
 # Okabe and Ito's colours, told apart with every common kind of colour vision; black and yellow left out.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#8c6bb1')
 DASHES = ('-', '--', ':', '-.')  # for more arms than colours
+MOST_SWEPT, MOST_LINES = 4, 12  # plots of what a sweep varies, and lines in one
 STYLE: dict[Any, Any] = {
   'svg.fonttype': 'none',  # text stays text
   'svg.hashsalt': 'slm_jax',  # equal data, equal file
@@ -42,57 +44,92 @@ class Plot(NamedTuple):
   name: str
   title: str
   svg: str  # for the page: no size of its own, colours by CSS variables
+  by_arm: bool  # whether its colours are those of the arms
 
 
-def draw(workdir: Path, lines: Sequence[Line]) -> list[Plot]:
-  """Writes plots/NAME.svg for all plots that there are data for, and returns them for the page."""
-  curves = {line.name: [c for c in (results.curve(workdir, row) for row in line.rows) if c] for line in lines}
+class Picture(NamedTuple):
+  """A plot to be drawn."""
+
+  name: str
+  title: str
+  paint: 'Callable[[Axes], dict[str, Any]]'  # returns {label: handle} for a legend; empty if there was nothing to paint
+  height: float = 3.2
+  by_arm: bool = True
+  floors: Sequence[float] = ()  # entropies of the data, as lines across
+
+
+def draw(workdir: Path, lines: Sequence[Line], curves: Mapping[str, Sequence[Point]]) -> list[Plot]:
+  """Writes plots/NAME.svg for all plots that there are data for, and returns them for the page.
+
+  curves: see `results.curves`.
+  """
+  runs = {line.name: [curves[row.arm_id] for row in line.rows if row.arm_id in curves] for line in lines}
   floors = sorted({round(f, 6) for line in lines for row in line.rows if (f := row.summary.get('floor')) is not None})
+  tokens, flops = 'Loss on held-out text against training tokens', 'training FLOPs, a teacher’s forward passes included'
   wanted = [
-    ('loss_tokens', 'Loss on held-out text against training tokens', lambda ax: _curves(ax, curves, 'tokens')),
-    (
-      'loss_flops',
-      'The same against training FLOPs, a teacher’s forward passes included',
-      lambda ax: _curves(ax, curves, 'flops'),
+    *pictures_of_sweeps(lines, floors[:3]),
+    Picture('loss_tokens', tokens, lambda ax: _curves(ax, runs, 'tokens'), floors=floors[:3]),
+    Picture('loss_flops', f'The same against {flops}', lambda ax: _curves(ax, runs, 'flops'), floors=floors[:3]),
+    Picture(
+      'final_loss',
+      'Final loss: each seed, mean and 95 % interval',
+      lambda ax: _finals(ax, lines),
+      height_of([line.name for line in lines]),
+      floors=floors[:3],
     ),
-    ('final_loss', 'Final loss: each seed, mean and 95 % interval', lambda ax: _finals(ax, lines)),
   ]
+  return save(workdir / 'plots', wanted)
+
+
+def save(folder: Path, wanted: Iterable[Picture]) -> list[Plot]:
+  """Writes FOLDER/NAME.svg of those that have something in them; returns them for the page."""
   plots = []
-  for name, title, paint in wanted:
-    rows = sum(1 + _plain(line.name).count('\n') for line in lines)
-    height = 0.9 + 0.15 * (len(lines) + rows) if name == 'final_loss' else 3.2
-    page, file = (_figure(paint, floors, height, standalone) for standalone in (False, True))
+  for picture in wanted:
+    page, file = (_figure(picture, standalone) for standalone in (False, True))
     if page is not None and file is not None:
-      (workdir / 'plots').mkdir(exist_ok=True)
-      (workdir / 'plots' / f'{name}.svg').write_text(_svg(file), encoding='utf-8')
-      plots.append(Plot(name, title, for_page(_svg(page))))
+      folder.mkdir(exist_ok=True)
+      (folder / f'{picture.name}.svg').write_text(_svg(file), encoding='utf-8')
+      plots.append(Plot(picture.name, picture.title, for_page(_svg(page)), picture.by_arm))
   return plots
+
+
+def height_of(names: Sequence[str]) -> float:
+  """Of a plot with a line of its own for each name, in inches."""
+  return 0.9 + 0.15 * sum(2 + plain(name).count('\n') for name in names)
+
+
+def style(i: int) -> tuple[int, int]:
+  """Places of `colour(i)` in COLOURS and DASHES."""
+  return i % len(COLOURS), i // len(COLOURS) % len(DASHES)
 
 
 def colour(i: int) -> tuple[str, str]:
   """Colour and dash of the i-th arm, the same in all plots."""
-  return COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+  tint, dash = style(i)
+  return COLOURS[tint], DASHES[dash]
 
 
-def _figure(paint, floors: Sequence[float], height: float, standalone: bool) -> 'Figure | None':
+def _figure(picture: Picture, standalone: bool) -> 'Figure | None':
   """One axes, painted; None if there was nothing to paint."""
   import matplotlib
   from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
   colours: dict[Any, Any] = {'figure.facecolor': 'white', 'savefig.facecolor': 'white'} if standalone else {}
   with matplotlib.rc_context({**STYLE, **colours}):
-    figure = Figure(figsize=(5.0, height), layout='constrained')
+    figure = Figure(figsize=(5.0, picture.height), layout='constrained')
     ax = figure.subplots()
-    handles = paint(ax)
+    handles = picture.paint(ax)
     if not handles:
       return None
     along = ax.axvline if ax.get_xlabel().startswith('loss') else ax.axhline
-    for floor in floors[:3]:
+    for floor in picture.floors:
       handles['entropy of the data'] = along(floor, color=INK, linestyle='--', linewidth=0.9)
-    if standalone:
-      figure.legend(
-        list(handles.values()), [_plain(name) for name in handles], loc='outside lower center', ncols=2, frameon=False
-      )
+    if standalone or not picture.by_arm:
+      labels = {plain(name): handle for name, handle in handles.items() if name}
+      if labels:
+        rows = sum(2 + name.count('\n') for name in labels) / 2  # of which three fit as it is
+        figure.set_figheight(picture.height + 0.15 * max(0, rows - 3))
+        figure.legend(list(labels.values()), list(labels), loc='outside lower center', ncols=2, frameon=False)
   return figure
 
 
@@ -141,14 +178,84 @@ def _finals(ax: 'Axes', lines: Sequence[Line]) -> dict:
     mean, half = line.loss.mean, line.loss.half if line.loss.n > 1 else 0.0
     ax.plot(losses, [i - 0.22] * len(losses), 'o', color=tint, alpha=0.45, markersize=4, markeredgewidth=0)
     handles[line.name] = ax.errorbar(mean, i, xerr=half, fmt='D', color=tint, markersize=5, capsize=3, linewidth=1.4)
-  ax.set_yticks(range(len(lines)), [_plain(line.name) for line in lines])
+  ax.set_yticks(range(len(lines)), [plain(line.name) for line in lines])
   ax.set_ylim(len(lines) - 0.4, -0.6)
   ax.grid(axis='y', visible=False)
   ax.set_xlabel('loss, nats per token')
   return handles
 
 
-def _plain(name: str) -> str:
+def pictures_of_sweeps(lines: Sequence[Line], floors: Sequence[float]) -> list[Picture]:
+  """The loss against every number that the sweep varies, at most MOST_SWEPT."""
+  found = []
+  for sweep in swept.swept(lines)[:MOST_SWEPT]:
+    title = f'Loss against {sweep.key}, mean and 95 % interval over seeds; the lowest of a line is filled'
+    if sweep.by:
+      title += f'; one line for each {" and ".join(sweep.by)}'
+    if len(sweep.lines) > MOST_LINES:
+      title += f' (the first {MOST_LINES} of {len(sweep.lines)})'
+    if sweep.moving:
+      title += f'; {", ".join(sweep.moving)} change{"s" * (len(sweep.moving) == 1)} with it'
+    if any(diverged(line) for _, points in sweep.lines for _, line in points):
+      title += '; ×: a loss that was no number'
+    name = f'loss_by_{re.sub("[^A-Za-z0-9]+", "_", sweep.key)}'
+    found.append(Picture(name, title, functools.partial(_swept, sweep), by_arm=False, floors=floors))
+  return found
+
+
+def diverged(line: Line) -> bool:
+  return any(row.status == 'nan' for row in line.rows)
+
+
+def _swept(sweep: swept.Swept, ax: 'Axes') -> dict:
+  from matplotlib.ticker import NullLocator
+
+  handles, means, xs = {}, [], []
+  for i, (label, points) in enumerate(sweep.lines[:MOST_LINES]):
+    tint, dash = colour(i)
+    known = [(x, line.loss) for x, line in points if line.loss.n]
+    at, losses = [x for x, _ in known], [loss.mean for _, loss in known]
+    halves = [loss.half if loss.n > 1 else 0.0 for _, loss in known]
+    style: dict[str, Any] = {'color': tint, 'linestyle': dash, 'markerfacecolor': 'none', 'markersize': 4}
+    handles[label] = ax.errorbar(at, losses, yerr=halves, marker='o', linewidth=1.4, capsize=2, **style)
+    if lowest := swept.best(points):
+      ax.plot(lowest[0], lowest[1].mean, 'o', color=tint, markersize=6)
+    if bad := [x for x, line in points if diverged(line)]:
+      ax.plot(bad, [0.97] * len(bad), 'x', color=tint, transform=ax.get_xaxis_transform())
+    means += losses
+    xs += [x for x, _ in points]
+  if not means:
+    return {}
+  if min(xs) > 0 and max(xs) >= 8 * min(xs):
+    ax.set_xscale('log')
+    ax.xaxis.set_minor_locator(NullLocator())
+  ticks = sorted(set(xs))
+  ticks = ticks[:: 1 + len(ticks) // 9]
+  ax.set_xticks(ticks, [short(x) for x in ticks])
+  low, middle = min(means), sorted(means)[len(means) // 2]
+  if max(means) - low > 6 * (middle - low) > 0:  # a few that went astray would flatten all the others
+    ax.set_ylim(low - 0.5 * (middle - low), low + 6 * (middle - low))
+  ax.set_xlabel(sweep.key)
+  ax.set_ylabel('nats per token')
+  return handles
+
+
+def differences(ax: 'Axes', names: Sequence[str], values: Sequence[stats.Interval]) -> dict:
+  """A line for each name: the difference and its 95 % interval, and where zero is."""
+  handles = {}
+  for i, (name, value) in enumerate(zip(names, values, strict=True)):
+    if value.n:
+      half = value.half if value.n > 1 else 0.0
+      handles[name] = ax.errorbar(value.mean, i, xerr=half, fmt='D', color=colour(i)[0], markersize=5, capsize=3)
+  ax.axvline(0, color=INK, linestyle='--', linewidth=0.9)
+  ax.set_yticks(range(len(names)), [plain(name) for name in names])
+  ax.set_ylim(len(names) - 0.4, -0.6)
+  ax.grid(axis='y', visible=False)
+  ax.set_xlabel('difference, nats per token')
+  return handles
+
+
+def plain(name: str) -> str:
   """A name as a label of at most three short lines."""
   return '\n'.join(textwrap.wrap(name, 26, max_lines=3, placeholder='…'))
 

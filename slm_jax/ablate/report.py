@@ -1,18 +1,32 @@
-"""The report of a workdir: one table as text, results.csv, plots, and report.html, a page that needs nothing else."""
+"""The report of a workdir: tables as text, results.csv, plots, and report.html, a page that needs nothing else."""
 
-import datetime
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_jax.ablate import results, stats, table
+from slm_jax.ablate import controls, page, results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import shown
-from slm_jax.ablate.results import Row
-from slm_jax.ablate.table import Line, number, short
+from slm_jax.ablate.page import Cell, Grid
+from slm_jax.ablate.results import Point, Row
+from slm_jax.ablate.table import Line
 from slm_jax.ablate.workdir import Experiment
 from slm_jax.files import write_text
+
+# What it took: (title, metric of the summaries, how it is shown; '' as 1.23M). Columns without a number are left out.
+COSTS = (
+  ('parameters', 'parameters', ''),
+  ('tokens', 'tokens', ''),
+  ('FLOPs', 'flops', ''),
+  ('FLOPs of its parents', 'parent_flops', ''),
+  ('pipeline FLOPs', 'pipeline_flops', ''),
+  ('hardware FLOPs', 'hardware_flops', ''),
+  ('seconds', 'seconds', ',.0f'),
+  ('chip-hours', 'chip_hours', ',.3g'),
+  ('dollars', 'dollars', ',.2f'),
+  ('joules, measured', 'joules', ''),
+  ('joules, estimated', 'joules_estimated', ''),
+)
 
 
 def latest(workdir: Path) -> list[Row]:
@@ -23,107 +37,95 @@ def latest(workdir: Path) -> list[Row]:
 
 
 def summary(workdir: Path, rows: Sequence[Row]) -> str:
-  """The table and the experiment's answer, as text."""
+  """The tables and the experiment's answer, as text."""
   experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
-  text = table.text(table.lines(rows, experiment.baseline))
-  return f'{text}\n\n{experiment.answer}' if experiment.answer else text
+  return _text(experiment, table.lines(rows, experiment.baseline, results.curves(workdir, rows)))
+
+
+def _text(experiment: Experiment, lines: Sequence[Line]) -> str:
+  return f'{table.text(lines)}\n\n{experiment.answer}' if experiment.answer else table.text(lines)
 
 
 def publish(workdir: Path, everything: bool = False) -> str:
-  """Writes results.csv (all arms), plots/ and report.html (of the latest launch, or everything); the table as text."""
+  """Writes results.csv (all arms), plots/ and report.html (of the latest launch, or everything); the tables as text."""
+  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
+  path = workdir / 'report.html'
   with workdirs.writing(workdir):
     rows = results.read(workdir)
-    results.write_csv(workdir, rows)
     on_page = rows if everything else latest(workdir)
-    path = workdir / 'report.html'
-    write_text(path, html(workdir, on_page))
+    curves = results.curves(workdir, on_page)
+    lines = table.lines(on_page, experiment.baseline, curves)
+    results.write_csv(workdir, rows, controls.columns(controls.controls(on_page, curves)))
+    write_text(path, html(workdir, experiment, lines, curves))
   others = len(rows) - len(on_page)
   also = f' (and {others} arms of earlier launches in results.csv)' if others else ''
-  return f'{summary(workdir, on_page)}\n\n{path}{also}'
+  return f'{_text(experiment, lines)}\n\n{path}{also}'
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def html(workdir: Path, rows: Sequence[Row]) -> str:
-  """The page; its plots are also written to plots/. All text is escaped by the template engine."""
-  import jinja2  # heavy, as matplotlib is: a launch with nothing to do must not wait for them
-  from markupsafe import Markup
-
+def html(workdir: Path, experiment: Experiment, lines: Sequence[Line], curves: Mapping[str, Sequence[Point]]) -> str:
+  """The page; its plots are also written to plots/."""
   from slm_jax.ablate import plots
 
-  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
-  lines = table.lines(rows, experiment.baseline)
-  engine = jinja2.Environment(
-    loader=jinja2.PackageLoader('slm_jax.ablate'), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  drawn = plots.draw(workdir, lines)
-  return engine.get_template('report.html').render(
+  rows = [row for line in lines for row in line.rows]
+  drawn = plots.draw(workdir, lines, curves)
+  return page.render(
+    'report.html',
     title=experiment.name,
-    question=paragraphs(experiment.question),
-    answer=paragraphs(experiment.answer),
+    question=page.paragraphs(experiment.question),
+    answer=page.paragraphs(experiment.answer),
     verdicts=[(line.name, line.verdict) for line in lines if line.difference and line.difference.n],
     baseline=next((line.name for line in lines if line.difference is None), ''),
-    status=_status(rows),
+    status=page.status(rows),
     results=_results(lines),
-    costs=_costs(lines),
     note=table.note(lines),
-    legend=[
-      (line.name, i % len(plots.COLOURS), i // len(plots.COLOURS) % len(plots.DASHES)) for i, line in enumerate(lines)
-    ],
-    plots=[(plot.title, Markup(plot.svg)) for plot in drawn],  # markup made by matplotlib, which escapes its text
+    at_equal_cost=_at_equal_cost(lines),
+    note_on_controls=table.note_on_controls(lines),
+    costs=_costs(lines),
+    energy=sorted({str(row.summary['energy_source']) for row in rows if row.summary.get('energy_source')}),
+    legend=[(line.name, *plots.style(i)) for i, line in enumerate(lines)],
+    swept=page.markup(plot for plot in drawn if not plot.by_arm),
+    plots=page.markup(plot for plot in drawn if plot.by_arm),
     samples=[(line.name, _samples(workdir, line)) for line in lines],
     arms=[_arm(line.name, row) for line in lines for row in line.rows],
-    environment=_environment(rows),
-    now=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
+    environment=page.environment(rows),
   )
 
 
-def paragraphs(text: str) -> list[tuple[str, bool]]:
-  """`[(text, whether its line breaks mean something)]`: indented and listed lines keep theirs."""
-  found = []
-  for block in text.strip().split('\n\n'):
-    rows = [row.rstrip() for row in block.split('\n') if row.strip()]
-    laid_out = any(row.startswith((' ', '-', '*', '|')) for row in rows)
-    if rows:
-      found.append(('\n'.join(rows), True) if laid_out else (' '.join(row.strip() for row in rows), False))
-  return found
+def _results(lines: Sequence[Line]) -> Grid:
+  head = ('arm', 'n', 'loss', 'difference', 'p', 'detectable', 'gap', 'bits/byte', 'accuracy')
+  rows = []
+  for line in lines:
+    d = line.difference
+    compared = (page.spread(d, '+'), page.p_value(line.p), page.number(d.detectable if d else float('nan'), '.2g'))
+    means = [page.number(line.mean(metric), spec) for metric, spec in (('gap', '.4f'), ('bits_per_byte', '.4f'))]
+    n, loss = Cell(table.seeds_done(line), line.loss.n), page.spread(line.loss)
+    rows.append((Cell(line.name, line.name), n, loss, *compared, *means, page.number(line.mean('accuracy'), '.1%')))
+  return Grid(head, rows)
 
 
-def _status(rows: Sequence[Row]) -> str:
-  counts: dict[str, int] = {}
-  for row in rows:
-    counts[row.status] = counts.get(row.status, 0) + 1
-  return f'{len(rows)} arms: ' + ', '.join(f'{n} {status}' for status, n in counts.items())
+def _at_equal_cost(lines: Sequence[Line]) -> Grid:
+  units = table.units(lines)
+  head = ('arm', *(title for unit in units for title in (f'at {controls.TITLES[unit]}', 'difference')))
+  spreads = [[line.at_equal[unit] for unit in units] for line in lines]
+  cells = [[cell for at in row for cell in (page.spread(at.loss), page.spread(at.difference, '+'))] for row in spreads]
+  return Grid(head, [(Cell(line.name, line.name), *row) for line, row in zip(lines, cells, strict=True)])
 
 
-def _results(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-  return [
-    (
-      line.name,
-      table.seeds_done(line),
-      stats.digits(line.loss.mean, line.loss.half) if line.loss.n else '–',
-      '–' if not (d := line.difference) or not d.n else stats.digits(d.mean, d.half, '+'),
-      number(line.gap.mean, '.4f'),
-      number(line.bits_per_byte, '.4f'),
-      number(line.accuracy, '.1%'),
-    )
-    for line in lines
-  ]
+def _costs(lines: Sequence[Line]) -> Grid:
+  columns, of_parents = [], table.have_parents(lines)
+  for title, metric, spec in COSTS:
+    means = [_mean(line, metric) for line in lines]
+    if any(mean == mean for mean in means) and (of_parents or metric not in ('parent_flops', 'pipeline_flops')):
+      columns.append((title, [page.number(mean, spec) if spec else page.short(mean) for mean in means]))
+  rows = [(Cell(line.name, line.name), *(cells[i] for _, cells in columns)) for i, line in enumerate(lines)]
+  return Grid(('arm', *(title for title, _ in columns)), rows)
 
 
-def _costs(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-  return [
-    (
-      line.name,
-      short(line.parameters),
-      short(line.tokens),
-      short(line.flops),
-      short(line.parent_flops),
-      number(line.seconds, ',.0f'),
-    )
-    for line in lines
-  ]
+def _mean(line: Line, metric: str) -> float:
+  return line.mean('flops') + line.mean('parent_flops') if metric == 'pipeline_flops' else line.mean(metric)
 
 
 def _samples(workdir: Path, line: Line) -> list[tuple[str, str]]:
@@ -138,34 +140,8 @@ def _arm(name: str, row: Row) -> dict[str, Any]:
     'status': row.status,
     'seed': row.config.get('seed', '–'),
     'error': row.run.get('error') or '',
-    'loss': number(row.summary.get('loss'), '.4f'),
+    'loss': table.number(row.summary.get('loss'), '.4f'),
     'diff': [(key, *('–' if v in (None, '') else shown(v) for v in values)) for key, values in row.diff.items()],
     'parents': row.parents,
     'command': row.command,
   }
-
-
-def _environment(rows: Iterable[Row]) -> list[tuple[str, list[str]]]:
-  """What the arms ran on; where they do not agree, every version is listed with the number of its arms."""
-  runs = [row.run for row in rows if row.run]
-
-  def said(of: Any) -> str:
-    return of if isinstance(of, str) else json.dumps(of)
-
-  def tally(values: Iterable[str]) -> list[str]:
-    counts: dict[str, int] = {}
-    for value in values:
-      counts[value] = counts.get(value, 0) + 1
-    return list(counts) if len(counts) < 2 else [f'{value} ({n} arms)' for value, n in counts.items()]
-
-  def code(git: Mapping[str, Any]) -> str:
-    return f'{git.get("commit") or "not in git"}{" with uncommitted changes" if git.get("dirty") else ""}'
-
-  table = [
-    ('Code', tally(code(run['git']) for run in runs if 'git' in run)),
-    ('Device', tally(f'{run["devices"]} × {said(run["device_kind"])}' for run in runs if 'device_kind' in run)),
-    ('Machine', tally(said(run['machine']) for run in runs if 'machine' in run)),
-    ('Python', tally(said(run['python']) for run in runs if 'python' in run)),
-    ('Packages', tally(', '.join(f'{k} {v}' for k, v in run['packages'].items()) for run in runs if 'packages' in run)),
-  ]
-  return [(name, values) for name, values in table if values]

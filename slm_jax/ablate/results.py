@@ -1,16 +1,25 @@
-"""A workdir as one table: a row an arm, read from the files that the runs left; and the curves behind it."""
+"""A workdir as one table: a row an arm, read from the files that the runs left; and the numbers behind it.
+
+What runs write is only ever added to, so that this needs no database: `read` a row an arm, `curve` its evaluations,
+`table` every number of every arm as one long pandas table.
+"""
 
 import csv
 import io
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import logging
 
 from slm_jax import metrics
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.config import flatten
+from slm_jax.config import ConfigError, flatten, require
 from slm_jax.files import write_text
+
+if TYPE_CHECKING:
+  import pandas
 
 METRICS = (
   *('loss', 'gap', 'floor', 'bits_per_byte', 'perplexity', 'accuracy', 'ece'),
@@ -65,6 +74,11 @@ def read(workdir: Path) -> list[Row]:
 def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
   folder = workdirs.folder(workdir, arm_id)
   config, run = flatten(_json(folder / 'config.json')), _json(folder / 'run.json')
+  written, path = run.get('format', 1), folder / 'run.json'
+  require(
+    isinstance(written, int) and written <= metrics.FORMAT,
+    f'{path}: format {written}, written by a newer version (this one knows {metrics.FORMAT})',
+  )
   done = (folder / 'DONE').exists()
   return Row(
     arm_id=arm_id,
@@ -110,16 +124,20 @@ def differing(rows: Sequence[Row]) -> list[str]:
   return [key for key in keys if len({json.dumps(row.config.get(key)) for row in rows if row.config}) > 1]
 
 
-def write_csv(workdir: Path, rows: Sequence[Row]) -> Path:
-  """results.csv: identity, what differs, final metrics; replaced as a whole."""
-  keys = differing(rows)
+def write_csv(workdir: Path, rows: Sequence[Row], controls: Mapping[str, Mapping[str, float]] | None = None) -> Path:
+  """results.csv: identity, what differs, final metrics, losses at equal cost; replaced as a whole.
+
+  controls: `{column: {arm id: loss}}`, see `controls.columns`.
+  """
+  keys, controls = differing(rows), controls or {}
   more = sorted({key for row in rows for key in row.summary} - set(METRICS))
   text = io.StringIO()
   out = csv.writer(text, lineterminator='\n')
-  out.writerow(['arm_id', 'name', 'seed', 'status', *keys, *METRICS, *more, 'error'])
+  out.writerow(['arm_id', 'name', 'seed', 'status', *keys, *METRICS, *more, *controls, 'error'])
   for row in rows:
     settings = [_cell(row.config.get(key)) for key in keys]
     numbers = [_cell(row.summary.get(key)) for key in (*METRICS, *more)]
+    numbers += [losses.get(row.arm_id) for losses in controls.values()]
     error = str(row.run.get('error') or '')
     out.writerow([row.arm_id, row.name, _cell(row.config.get('seed')), row.status, *settings, *numbers, error])
   path = workdir / 'results.csv'
@@ -131,18 +149,34 @@ def _cell(value: Any) -> Any:
   return json.dumps(value) if isinstance(value, (list, dict, bool)) else value
 
 
-# ----------------------------------------------------------------------------------------------- curves and samples
+# ------------------------------------------------------------------------------------------- metrics and samples
+
+
+def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
+  """All lines of an arm's metrics.jsonl; from a damaged one on they are left out, with a warning."""
+  path, found = workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', []
+  try:
+    for line in metrics.read(path):
+      found.append(line)
+  except ValueError as error:
+    logging.warning('%s: line %d is damaged (%s); it and what follows are left out', path, len(found) + 1, error)
+  return found
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:
   """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
   a_token = row.summary['flops'] / row.summary['tokens'] if row.summary.get('flops') else None
-  lines = metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl')
   return [
     Point(line['step'], line['tokens'], a_token and a_token * line['tokens'], line['loss'])
-    for line in lines
+    for line in lines(workdir, row)
     if line['kind'] == 'eval' and line['loss'] is not None
   ]
+
+
+def curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]]:
+  """`{arm id: its evaluations}` of the rows that have any."""
+  found = {row.arm_id: curve(workdir, row) for row in rows}
+  return {arm_id: points for arm_id, points in found.items() if points}
 
 
 def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
@@ -153,3 +187,37 @@ def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
     return [(str(sample['prompt']), str(sample['text'])) for sample in found]
   except (OSError, ValueError, TypeError, KeyError):
     return []
+
+
+def table(workdir: Path) -> 'pandas.DataFrame':
+  """Every number of every arm, one a line: to be grouped, pivoted and plotted (extra: pip install 'slm_jax[tables]').
+
+      columns   arm_id, name, group, seed, data.seed; every setting in which the arms differ; kind, step, metric, value
+      kind      'train' and 'eval', from metrics.jsonl; 'final', from the summary of an arm that is done
+
+  value: float64, NaN where none could be written. For example, the last loss by learning rate and width:
+
+      last = t[(t.kind == 'final') & (t.metric == 'loss')]
+      last.pivot_table('value', 'optim.learning_rate', 'model.d_model', aggfunc=['mean', 'std', 'count'])
+  """
+  try:
+    import pandas
+  except ImportError:
+    raise ConfigError("results.table: needs the extra: pip install 'slm_jax[tables]'") from None
+
+  rows = read(workdir)
+  keys = [key for key in differing(rows) if key != 'data.seed']
+  records = []
+  for row in rows:
+    arm = (row.arm_id, row.name, row.group, row.config.get('seed'), row.config.get('data.seed'))
+    settings = [_cell(row.config.get(key)) for key in keys]
+    records += [(*arm, *settings, *number) for number in _numbers(workdir, row)]
+  head = ['arm_id', 'name', 'group', 'seed', 'data.seed', *keys, 'kind', 'step', 'metric', 'value']
+  return pandas.DataFrame.from_records(records, columns=head).astype({'value': 'float64'})
+
+
+def _numbers(workdir: Path, row: Row) -> list[tuple[str, int | None, str, Any]]:
+  """`(kind, step, metric, value)` of everything that an arm measured."""
+  found = [(line['kind'], line['step'], *item) for line in lines(workdir, row) for item in line.items()]
+  found += [('final', row.summary.get('steps'), *item) for item in row.summary.items()]
+  return [entry for entry in found if entry[2] not in ('kind', 'step') and not isinstance(entry[3], (str, list, dict))]

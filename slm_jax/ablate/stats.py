@@ -1,15 +1,23 @@
-"""What few repetitions can say: means with t-intervals, paired differences, the smallest effect that would show.
+"""What few repetitions can say: means with intervals, paired differences, p values, and how many seeds it would take.
 
-All intervals are two-sided at 95 %. Formulas: Student's t, mean +- t(0.975, n - 1) s / sqrt(n).
+All intervals and tests are two-sided at 95 %, and ALPHA = 0.05 is what a p value is held against.
+
+    interval    mean +- t(0.975, n - 1) s / sqrt(n), Student's t
+    p           of the paired t-test: P(|T| >= |mean| sqrt(n) / s) with n - 1 degrees of freedom
+    power       an effect d shows with probability P(T' > t(1 - alpha/2, n - 1)), T' noncentral t with d sqrt(n) / s
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from scipy.special import stdtrit
+import numpy as np
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 LEVEL = 0.95
+ALPHA = 0.05
+POWER = 0.8
+MOST_SEEDS = 1000  # more than anybody will run: an effect that needs them is as good as none
 
 
 class Interval(NamedTuple):
@@ -21,9 +29,18 @@ class Interval(NamedTuple):
   n: int
 
   @property
+  def p(self) -> float:
+    """How often a mean at least so far from zero would be seen if the true one were zero; NaN for n < 2."""
+    if self.n < 2:
+      return math.nan
+    if self.sd == 0:
+      return 1.0 if self.mean == 0 else 0.0
+    return float(2 * stdtr(self.n - 1, -abs(self.mean) * math.sqrt(self.n) / self.sd))
+
+  @property
   def detectable(self) -> float:
-    """The effect that n such values would show with 80 % power: about 2.8 sd / sqrt(n), larger for small n."""
-    return 2.8 * self.sd / math.sqrt(self.n) if self.n else math.nan
+    """The effect that n such values show with 80 % power; NaN for n < 2."""
+    return noncentrality(self.n) * self.sd / math.sqrt(self.n) if self.n > 1 else math.nan
 
 
 def interval(values: Iterable[float | None]) -> Interval:
@@ -43,19 +60,97 @@ def paired(ours: Mapping[Hashable, float | None], baseline: Mapping[Hashable, fl
   return interval(a - b for a, b in pairs if a is not None and b is not None)
 
 
-def verdict(difference: Interval, unit: str = 'nats') -> str:
-  """A paired difference in a loss (less is better), in words that claim no more than it shows."""
-  mean, half, _, n = difference
+def bootstrap(
+  values: Sequence[float],
+  statistic: Callable[..., Any] = np.mean,
+  method: str = 'BCa',
+  draws: int = 10_000,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """`(low, high)` of the 95 % bootstrap interval of a statistic of values that need not be normal.
+
+  statistic: takes an array and `axis`. method: 'BCa' (bias-corrected and accelerated, Efron 1987) or 'percentile'.
+  NaN for fewer than two values. With fewer than about ten it is too narrow, and the t-interval is the better one.
+  """
+  from scipy.stats import bootstrap as resample  # a third of a second to import
+
+  xs = np.asarray(values, np.float64)
+  if len(xs) < 2:
+    return math.nan, math.nan
+  if np.ptp(xs) == 0:  # every sample is the same, and BCa divides by their spread
+    value = float(statistic(xs, axis=0))
+    return value, value
+  found = resample(
+    (xs,), statistic, confidence_level=LEVEL, n_resamples=draws, method=method, rng=np.random.default_rng(seed)
+  ).confidence_interval
+  return float(found.low), float(found.high)
+
+
+# ------------------------------------------------------------------------------------------- several comparisons
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+  """p values adjusted for their number: the chance of even one false claim among them stays at most 5 %.
+
+  The i-th smallest of m becomes max over j <= i of (m - j + 1) p_j, at most 1 (Holm 1979). NaN stays NaN and does not
+  count: a comparison that could not be made claims nothing.
+  """
+  adjusted, largest = [math.nan] * len(ps), 0.0
+  order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+  for rank, i in enumerate(order):
+    largest = max(largest, min(1.0, (len(order) - rank) * ps[i]))
+    adjusted[i] = largest
+  return adjusted
+
+
+# ------------------------------------------------------------------------------------------------- how many seeds
+
+
+def noncentrality(n: int, alpha: float = ALPHA) -> float:
+  """effect * sqrt(n) / sd at which n values show the effect with 80 % power; tends to 2.80 for many, 5.65 for n = 3."""
+  return float(nctdtrinc(n - 1, 1 - POWER, stdtrit(n - 1, 1 - alpha / 2)))
+
+
+def seeds_needed(effect: float, sd: float, alpha: float = ALPHA) -> int | None:
+  """The fewest values with that standard deviation that show the effect with 80 % power; None if over MOST_SEEDS."""
+
+  def shows(n: int) -> bool:
+    return abs(effect) * math.sqrt(n) >= noncentrality(n, alpha) * sd
+
+  if not shows(MOST_SEEDS):
+    return None
+  low, high = 1, MOST_SEEDS  # more values always show more, so that halving finds the first that are enough
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if shows(middle) else (middle, high)
+  return high
+
+
+# ----------------------------------------------------------------------------------------------------------- words
+
+
+def verdict(difference: Interval, unit: str = 'nats', p: float | None = None, comparisons: int = 1) -> str:
+  """A paired difference in a loss (less is better), in words that claim no more than it shows.
+
+  p: adjusted for `comparisons` (see `holm`), if they are several. The seeds that it would take are those for the
+  difference as it was seen, which is itself uncertain; over several comparisons at ALPHA / comparisons, Holm's first.
+  """
+  mean, half, sd, n = difference
   if n == 0:
     return 'cannot tell: no seed in common'
+  if mean == 0 and (n == 1 or sd == 0):  # the same bits: what is expected of code that was only moved
+    return f'no difference at all, n={n}'
   if n == 1:
     return f'cannot tell: {digits(mean, half, "+")} {unit}, but n=1'
-  if abs(mean) > half:
-    return f'{"better" if mean < 0 else "worse"} by {digits(abs(mean), half)} {unit} (95 %), n={n}'
-  return (
-    f'cannot tell: {digits(mean, half, "+")} {unit} (95 %), n={n}; an effect below about '
-    f'{difference.detectable:.2g} would not show'
+  p = difference.p if p is None else p
+  evidence = (
+    f'p{"<0.001" if p < 0.001 else f"={p:.3f}"}{f" (Holm over {comparisons})" if comparisons > 1 else ""}, n={n}'
   )
+  if p < ALPHA:
+    return f'{"better" if mean < 0 else "worse"} by {digits(abs(mean), half)} {unit} (95 %), {evidence}'
+  needed = seeds_needed(mean, sd, ALPHA / comparisons) if mean else None
+  seeds = f'about {needed}' if needed else f'more than {MOST_SEEDS:,}'
+  return f'cannot tell: {digits(mean, half, "+")} {unit} (95 %), {evidence}; needs {seeds} seeds'
 
 
 def expectation(difference: Interval) -> str:
@@ -63,6 +158,10 @@ def expectation(difference: Interval) -> str:
   if not difference.n > 1 or abs(difference.mean) <= difference.half:
     return 'CANNOT TELL'
   return 'REPRODUCED' if difference.mean < 0 else 'NOT REPRODUCED'
+
+
+def p_text(p: float) -> str:
+  return '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
 def digits(mean: float, half: float, sign: str = '') -> str:

@@ -1,14 +1,20 @@
 """report.html: complete, self-contained, and nothing in it that an arm's name or a sample could smuggle in."""
 
+import base64
+import csv
+import hashlib
 import json
+import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 from fakes import FakeTrain, arms_of, experiment, fill
 
-from launch.local import run_arms
 from launch.plan import Plan
+from launch.worker import run_arms
 from slm_jax.ablate import report, workdir
 from slm_jax.ablate.sweep import product, seeds
 
@@ -74,16 +80,26 @@ def evil(tmp_path_factory):
 
 def test_nothing_is_executed(evil):
   _, page = evil
-  assert 'script' not in page.tags
+  assert page.tags.count('script') == 1
   assert 'img' not in page.tags
   assert not [name for name, _ in page.attributes if name.startswith('on')]
+
+
+def test_only_the_script_of_the_page_may_run(evil):
+  """A browser that keeps to the policy runs what has this hash, and fetches nothing."""
+  text = (evil[0] / 'report.html').read_text()
+  (script,) = re.findall('<script>(.*?)</script>', text, re.DOTALL)
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', text)
+  assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+  assert text.index('Content-Security-Policy') < text.index('<style>')
 
 
 def test_what_was_said_is_shown_as_said(evil):
   path, page = evil
   # docstring, answer, result and cost tables, legend, sample, arms (title, change, error), environment
   assert page.text.count(EVIL) >= 8
-  for svg in (path / 'plots').glob('*.svg'):
+  for svg in set((path / 'plots').glob('*.svg')) - {path / 'plots/loss_by_train_steps.svg'}:  # that has a line for all
     texts = [e.text for e in ElementTree.parse(svg).iter() if e.tag.endswith('text')]
     assert any(text and text.startswith('<script>') for text in texts), svg
     # in the legend; and as the label of its line in the plot of final losses
@@ -129,6 +145,58 @@ def test_everything_that_was_promised_is_there(tmp_path):
     'loss_flops.svg',
     'loss_tokens.svg',
   ]
+
+
+def test_the_table_has_the_controls_and_so_has_the_csv(tmp_path):
+  sweep = list(product(seeds(3), [{'name': 'one'}, {'name': 'two', 'train.steps': 500}]))
+  page, arms = page_of(tmp_path, sweep, FakeTrain({'one': 1.5, 'two': 1.3}))
+  assert 'The final losses are those at equal tokens' in page.text
+  for arm in arms:  # now the one has seen twice as many tokens, at half the price
+    if arm.name == 'one':
+      folder = workdir.folder(tmp_path, arm.arm_id)
+      run = json.loads((folder / 'run.json').read_text())
+      run['summary'] |= {'tokens': 2000, 'chip_hours': 0.125, 'joules_estimated': 3600.0, 'energy_source': '15 W'}
+      (folder / 'run.json').write_text(json.dumps(run))
+      lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+      lines = [{**line, 'tokens': 2 * line.get('tokens', 0)} for line in lines]
+      (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  report.publish(tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  # read where half of its steps are done, its loss is 0.5 above its last
+  assert '2.010 ± 0.025' in page.text
+  assert 'At equal tokens: each arm’s loss when it had seen 1K' in page.text
+  for text in ('chip-hours', '0.125', 'joules, estimated', '3.6K', 'Joules: 15 W.'):
+    assert text in page.text
+  assert 'dollars' not in page.text
+  with open(tmp_path / 'results.csv', newline='') as file:
+    rows = {row['arm_id']: row for row in csv.DictReader(file)}
+  for arm in arms:
+    at, last = float(rows[arm.arm_id]['loss_at_equal_tokens']), float(rows[arm.arm_id]['loss'])
+    assert at - last == pytest.approx(0.5 if arm.name == 'one' else 0.0)
+    assert rows[arm.arm_id]['chip_hours'] == ('0.125' if arm.name == 'one' else '')
+
+
+def test_a_click_on_the_head_of_a_column_sorts_it(tmp_path):
+  browser = shutil.which('chromium') or shutil.which('google-chrome')
+  if not browser:
+    pytest.skip('no chromium here')
+  sweep = [{'name': name, 'train.steps': i + 7} for i, name in enumerate('abcd')]
+  page_of(tmp_path, sweep, FakeTrain({'a': 1.5, 'b': 11.0, 'd': 1.3}, c=1))
+  text = (tmp_path / 'report.html').read_text()
+
+  def order(clicks):
+    """Names in the first table after so many clicks on 'loss'; the clicks are allowed by taking the policy out."""
+    click = 'document.querySelectorAll("th button")[2].click();'
+    script = f'<script>{clicks * click}</script>'
+    page = re.sub('<meta http-equiv[^>]*>', '', text).replace('</body>', f'{script}</body>')
+    (tmp_path / 'clicked.html').write_text(page)
+    command = [browser, '--headless', '--no-sandbox', '--dump-dom', (tmp_path / 'clicked.html').as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    body = dom[dom.index('<tbody>') : dom.index('</tbody>')]
+    return re.findall('<tr><td data-key="(.)"', body), re.findall('aria-sort="([a-z]*)"', dom)
+
+  assert order(1) == (['d', 'a', 'b', 'c'], ['ascending'])  # 1.3, 1.5, 11, none
+  assert order(2) == (['b', 'a', 'd', 'c'], ['descending'])
 
 
 def test_a_workdir_without_results_has_a_report_too(tmp_path):

@@ -2,14 +2,16 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import FakeTrain, arms_of, experiment
 
-from launch.local import run_arms
 from launch.plan import Plan
+from launch.worker import run_arms
+from slm_jax import metrics
 from slm_jax.ablate import plots, results, table, workdir
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError
@@ -50,6 +52,7 @@ def test_csv_has_a_line_an_arm_with_what_differs(tmp_path):
   assert [line['arm_id'] for line in lines] == [arm.arm_id for arm in arms]
   assert [line['model.n_layers'] for line in lines[:3]] == ['4', '2', '2']
   assert float(lines[2]['loss']) == 1.4
+  assert 'loss_at_equal_flops' not in lines[0]  # that is for those who know the curves
   assert lines[2]['transforms'] == '["distill"]'
   assert 'model.d_model' not in lines[0]  # the same everywhere
   assert [p.name for p in tmp_path.iterdir() if 'tmp' in p.name] == []
@@ -142,6 +145,84 @@ def test_experiment_json_keeps_everything_and_the_order_of_arms(tmp_path):
   read = workdir.read_experiment(tmp_path)
   assert read == written
   assert list(read.arms) == list(arms)
+
+
+# ------------------------------------------------------------------------------------------------ the long table
+
+
+def test_the_long_table_holds_every_number_of_every_arm(tmp_path):
+  pandas = pytest.importorskip('pandas')
+  arms = launched(tmp_path)
+  found = results.table(tmp_path)
+  assert set(found.arm_id) == {arm.arm_id for arm in arms}
+  counts = {'train': 1, 'eval': 6, 'final': 12}  # metrics.jsonl: one loss, and loss and tokens of three evaluations
+  assert found.groupby('kind').size().to_dict() == {kind: n * len(arms) for kind, n in counts.items()}
+  assert found.value.dtype == 'float64'
+  # against what stands in the files, number by number
+  for arm in arms:
+    of_arm = found[found.arm_id == arm.arm_id]
+    assert set(of_arm.name) == {arm.name}
+    assert set(of_arm.seed) == set(of_arm['data.seed']) == {arm.config.seed}
+    assert set(of_arm['model.n_layers']) == {arm.config.model.n_layers}
+    for line in map(json.loads, (workdir.folder(tmp_path, arm.arm_id) / 'metrics.jsonl').read_text().splitlines()):
+      there = of_arm[(of_arm.kind == line['kind']) & (of_arm.step == line['step'])]
+      assert dict(zip(there.metric, there.value, strict=True)) == {
+        k: v for k, v in line.items() if k not in ('kind', 'step')
+      }
+  last = found[(found.kind == 'final') & (found.metric == 'loss')]
+  by_layers = last.pivot_table('value', 'model.n_layers', aggfunc=['mean', 'count'])
+  assert by_layers['count'].value.to_dict() == {2: 6, 4: 3}
+  assert isinstance(found, pandas.DataFrame)
+
+
+def test_the_long_table_of_nothing_and_of_what_is_no_number(tmp_path):
+  pytest.importorskip('pandas')
+  assert len(results.table(tmp_path)) == 0
+  arms = launched(tmp_path)
+  folder = workdir.folder(tmp_path, arms[0].arm_id)
+  (folder / 'metrics.jsonl').write_text('{"step": 1, "kind": "train", "loss": null, "words": "x"}\n')
+  found = results.table(tmp_path)
+  of_arm = found[(found.arm_id == arms[0].arm_id) & (found.kind == 'train')]
+  assert list(of_arm.metric) == ['loss']
+  assert of_arm.value.isna().all()
+
+
+def test_without_pandas_the_extra_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'pandas', None)
+  with pytest.raises(ConfigError, match=r"pip install 'slm_jax\[tables\]'"):
+    results.table(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- what cannot be read
+
+
+@pytest.mark.parametrize('written', [metrics.FORMAT + 1, 99, 'x', None])
+def test_results_of_a_newer_version_are_one_line(tmp_path, written):
+  arms = launched(tmp_path)
+  path = workdir.folder(tmp_path, arms[1].arm_id) / 'run.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'format': written}))
+  with pytest.raises(ConfigError) as error:
+    results.read(tmp_path)
+  assert str(error.value) == f'{path}: format {written}, written by a newer version (this one knows {metrics.FORMAT})'
+
+
+def test_a_run_says_in_which_format_it_writes(tmp_path):
+  from slm_jax.record import Record
+
+  Record(tmp_path, 'a', experiment().config())
+  assert json.loads((tmp_path / 'run.json').read_text())['format'] == metrics.FORMAT
+
+
+def test_a_damaged_line_of_metrics_is_told_and_what_was_before_is_used(tmp_path, caplog):
+  arms = launched(tmp_path)
+  path = workdir.folder(tmp_path, arms[0].arm_id) / 'metrics.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join([*lines[:2], '{"step": \x00\n', *lines[2:]]))
+  row = results.read(tmp_path)[0]
+  with caplog.at_level('WARNING'):
+    assert len(results.lines(tmp_path, row)) == 2
+  assert f'{path}: line 3 is damaged' in caplog.text
+  assert len(results.curve(tmp_path, row)) == 1
 
 
 def test_short_numbers():

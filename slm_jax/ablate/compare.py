@@ -1,0 +1,159 @@
+"""Two workdirs side by side: what became of the same arms after a change of code, data or settings.
+
+Arms are matched by their names, and their runs by their seeds; all differences are B - A.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slm_jax.ablate import page, report, results, stats, table
+from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.arms import shown
+from slm_jax.ablate.page import Cell, Grid
+from slm_jax.ablate.results import Row
+from slm_jax.ablate.stats import Interval
+from slm_jax.ablate.sweep import SEEDS
+from slm_jax.config import require
+from slm_jax.files import write_text
+
+Settings = list[tuple[str, str, str, str]]  # (key, in A, in B, the arms it is about)
+
+
+class Pair(NamedTuple):
+  """An arm that both have. Losses in nats per token."""
+
+  name: str
+  rows: tuple[Sequence[Row], Sequence[Row]]
+  losses: tuple[Interval, Interval]  # over all their seeds
+  difference: Interval  # over the seeds that both have
+  p: float  # adjusted for the number of pairs
+  comparisons: int
+
+  @property
+  def verdict(self) -> str:
+    return stats.verdict(self.difference, 'nats', self.p, self.comparisons)
+
+
+def publish(a: Path, b: Path, everything: bool = False) -> str:
+  """Writes B/compare.html; the same as text. Without `everything`, of the latest launches only."""
+  ours = [results.read(where) if everything else report.latest(where) for where in (a, b)]
+  found = pairs(*ours)
+  known = [', '.join(map(repr, list(results.groups(rows))[:5])) or 'nothing' for rows in ours]
+  require(len(found) > 0, f'{a} and {b}: no arm has the same name in both; there is {known[0]}; and {known[1]}')
+  settings, path = (
+    differing_settings(found, {row.arm_id: row.name for rows in ours for row in rows}),
+    b / 'compare.html',
+  )
+  with workdirs.writing(b):
+    write_text(path, html(a, b, found, settings, ours))
+  parts = [_text(a, b, found), *_settings_text(settings), *(f'only in {w}: {n}' for w, n in unmatched(a, b, ours))]
+  return '\n'.join([*parts, '', str(path)])
+
+
+def pairs(a: Sequence[Row], b: Sequence[Row]) -> list[Pair]:
+  """The arms that both have, in the order of A."""
+  in_a, in_b = results.groups(a), results.groups(b)
+  names = [name for name in in_a if name in in_b]
+  losses = [[{row.seeds: row.summary.get('loss') for row in of[name]} for of in (in_a, in_b)] for name in names]
+  differences = [stats.paired(after, before) for before, after in losses]
+  ps = stats.holm([d.p for d in differences])
+  comparisons = sum(not math.isnan(p) for p in ps)
+  return [
+    Pair(
+      name,
+      (in_a[name], in_b[name]),
+      (stats.interval(before.values()), stats.interval(after.values())),
+      difference,
+      p,
+      comparisons,
+    )
+    for name, (before, after), difference, p in zip(names, losses, differences, ps, strict=True)
+  ]
+
+
+def differing_settings(found: Sequence[Pair], names: Mapping[str, str]) -> Settings:
+  """The settings in which arms that were matched differ; of other arms by their names. names: {arm id: name}."""
+  arms: dict[tuple[str, str, str], list[str]] = {}
+  for pair in found:
+    before, after = (of[0].config for of in pair.rows)
+    for key in dict.fromkeys([*before, *after]):
+      there, here = (_said(config.get(key), names) for config in (before, after))
+      if key not in ('name', *SEEDS) and not key.startswith('run.') and there != here:
+        arms.setdefault((key, there, here), []).append(pair.name)
+  return [(*entry, 'all arms' if len(of) == len(found) else ', '.join(of)) for entry, of in arms.items()]
+
+
+def _said(value: Any, names: Mapping[str, str]) -> str:
+  if value in (None, ''):
+    return '–'
+  return names.get(value, value) if isinstance(value, str) else shown(value)
+
+
+def unmatched(a: Path, b: Path, ours: Sequence[Sequence[Row]]) -> list[tuple[str, str]]:
+  """`[(workdir, the arms that only it has)]`."""
+  in_a, in_b = map(results.groups, ours)
+  only = ((a, [name for name in in_a if name not in in_b]), (b, [name for name in in_b if name not in in_a]))
+  return [(str(where), ', '.join(names)) for where, names in only if names]
+
+
+# ---------------------------------------------------------------------------------------------------------- text
+
+
+def _text(a: Path, b: Path, found: Sequence[Pair]) -> str:
+  head = ('arm', 'n', 'loss in A', 'loss in B', 'B against A')
+  body = [(p.name, str(p.difference.n), *map(table.spread, p.losses), p.verdict) for p in found]
+  return f'A: {a}\nB: {b}\n\n{table.columns([head, *body], right=(1, 2, 3))}\n{note(found)}\n'
+
+
+def note(found: Sequence[Pair]) -> str:
+  words = 'Loss in nats per token, mean ± 95 % t-interval over all seeds; B − A by the n seeds that both have'
+  many = found[0].comparisons
+  return words + (f', p corrected by Holm for {many} comparisons (intervals are not).' if many > 1 else '.')
+
+
+def _settings_text(settings: Settings) -> list[str]:
+  if not settings:
+    return ['no setting differs']
+  return ['settings that differ:', *(f'  {key}: {a} -> {b} ({arms})' for key, a, b, arms in settings)]
+
+
+# ---------------------------------------------------------------------------------------------------------- page
+
+
+def html(a: Path, b: Path, found: Sequence[Pair], settings: Settings, ours: Sequence[Sequence[Row]]) -> str:
+  from slm_jax.ablate import plots
+
+  names = [pair.name for pair in found]
+  picture = plots.Picture(
+    'compare',
+    'Difference of each arm, B − A, and its 95 % interval',
+    lambda ax: plots.differences(ax, names, [pair.difference for pair in found]),
+    plots.height_of(names),
+  )
+  rows = [
+    (
+      Cell(pair.name, pair.name),
+      Cell(str(pair.difference.n), pair.difference.n),
+      *map(page.spread, pair.losses),
+      page.spread(pair.difference, '+'),
+      page.p_value(pair.p),
+      page.number(pair.difference.detectable, '.2g'),
+    )
+    for pair in found
+  ]
+  return page.render(
+    'compare.html',
+    title=f'{b.resolve().name} against {a.resolve().name}',
+    status=f'{len(found)} arms compared',
+    a=str(a),
+    b=str(b),
+    verdicts=[(pair.name, pair.verdict) for pair in found],
+    differences=Grid(('arm', 'n', 'loss in A', 'loss in B', 'B − A', 'p', 'detectable'), rows),
+    note=note(found),
+    settings=settings,
+    unmatched=[(f'only in {where}', [names]) for where, names in unmatched(a, b, ours)],
+    plots=page.markup(plots.save(b / 'plots', [picture])),
+    environments=[(str(where), page.environment(rows)) for where, rows in zip((a, b), ours, strict=True)],
+  )
