@@ -13,7 +13,7 @@ from absl import flags
 
 from launch.plan import Plan, Unit
 
-ENGINES = ('local',)  # modules of this package
+ENGINES = ('local', 'slurm', 'tpu_vm', 'gke', 'skypilot')  # modules of this package
 
 
 class Engine(Protocol):
