@@ -1,0 +1,192 @@
+"""Budgets on the command line: refused, trimmed, reached; and where predictions are from."""
+
+import shlex
+
+import pytest
+from fakes import FakeTrain, experiment
+
+import launch.cli
+from slm_jax.ablate import measure
+from slm_jax.ablate.measure import Pace
+from slm_jax.ablate.sweep import product, seeds
+from slm_jax.experiment import Config, RunConfig
+from slm_jax.model.config import ModelConfig
+
+ALONE = Config(model=ModelConfig(n_layers=2), run=RunConfig(population=False))  # a worker for each arm
+SWEEP = list(product(seeds(2), [{'name': 'a'}, {'name': 'b', 'optim.learning_rate': 0.1}]))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def start(capsys):
+  def run(*argv, train=None, sweep=SWEEP):
+    with pytest.raises(SystemExit) as end:
+      launch.cli.main(experiment(base=ALONE, sweep=sweep), argv, train=train)
+    return end.value.code, *capsys.readouterr()
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def one():
+  """Model FLOPs of one arm."""
+  from fakes import arms_of
+
+  from slm_jax.ablate import cost
+
+  arms = {arm.arm_id: arm for arm in arms_of(experiment(sweep=SWEEP))}
+  return next(iter(cost.predict(arms, cost.device('v5e')).values())).flops
+
+
+class Metered(FakeTrain):
+  """Leaves a summary with so many FLOPs."""
+
+  def __init__(self, flops):
+    super().__init__()
+    self.flops = flops
+
+  def __call__(self, config, workdir, arm_id):
+    code = super().__call__(config, workdir, arm_id)
+    path = workdir / 'arms' / arm_id / 'run.json'
+    path.write_text(path.read_text().replace('"flops": 2000000.0', f'"flops": {self.flops}'))
+    return code
+
+
+@pytest.mark.parametrize(
+  'argv, words',
+  [
+    (['--max_flops=0'], ['--max_flops=0', 'positive']),
+    (['--max_hours=nan'], ['--max_hours=nan', 'positive']),
+    (['--max_cost=inf'], ['--max_cost=inf', 'positive']),
+    (['--max_flops=many'], ['--max_flops', 'many']),
+    (['--max_flops=1e9', '--over_budget=ask'], ['--over_budget=ask', 'refuse|trim']),
+    (['--device=v9'], ['--device=v9', 'v5e, ', 'h100']),
+    (['--devices=4'], ['--devices=4', '--device=NAME']),
+    (['--device=h100', '--measure'], ['--measure', '--device=h100']),
+    (['--config.run.price=cheap'], ["run.price='cheap'", 'on_demand, spot']),
+    (['--max_cost=5', '--dry_run'], ['--max_cost', '--config.run.price=DOLLARS']),
+    (['--max_cost=5', '--dry_run', '--device=h200', '--config.run.price=spot'], ['no spot price', 'chips.toml']),
+    (['--max_flops=1e6'], ['--max_flops=1e+06', '0 of its 4 missing arms fit']),
+    (['--max_flops=1e6', '--over_budget=trim'], ['--max_flops=1e+06', '0 of its 4 missing arms fit']),
+  ],
+)
+def test_what_cannot_be_meant_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
+  train = FakeTrain()
+  code, _, error = start(*argv, train=train)
+  assert code == 1
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  for word in words:
+    assert word in error
+  assert list(tmp_path.iterdir()) == []
+  assert train.called == []
+
+
+def test_above_the_limit_is_refused_with_what_would_fit(start, tmp_path, one):
+  train = FakeTrain()
+  code, _, error = start(f'--max_flops={2.5 * one}', train=train)
+  assert code == 1
+  assert '2 of its 4 missing arms fit, and --over_budget=trim runs those' in error
+  assert train.called == []
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_trimming_says_what_it_drops_and_runs_the_rest_once(start, one):
+  flags = (f'--max_flops={2.5 * one}', '--over_budget=trim')
+  train = Metered(one)
+  code, out, error = start(*flags, train=train)
+  assert (code, error) == (0, '')
+  assert 'dropped: a (seed 1), b (seed 1)' in out
+  assert train.called == [('a', 0), ('b', 0)]
+  code, out, _ = start(*flags, train=train)  # nothing more fits: that launch is done
+  assert code == 0
+  assert len(train.called) == 2
+  code, _, error = start(f'--max_flops={2.5 * one}', train=train)
+  assert code == 1
+  assert '0 of its 2 missing arms fit' in error
+  assert start(train=train)[0] == 0
+  assert len(train.called) == 4
+
+
+def test_a_sweep_within_its_limit_runs(start, one):
+  train = Metered(one)
+  assert start(f'--max_flops={4.01 * one}', train=train)[0] == 0
+  assert len(train.called) == 4
+
+
+def test_a_running_sweep_stops_at_the_limit(start, one):
+  """Each arm takes twice what was predicted."""
+  train = Metered(2 * one)
+  code, out, _ = start(f'--max_flops={4.01 * one}', train=train)
+  assert code == 1
+  assert len(train.called) == 3
+  line = next(line for line in out.split('\n') if 'is reached' in line)
+  assert 'not started, --max_flops=' in line
+  assert line.endswith('1 arms are left')
+
+
+def test_a_worker_has_the_limit_too(start, one, tmp_path):
+  limit = f'--max_flops={4.01 * one:g}'
+  _, out, _ = start(limit, '--dry_run')
+  commands = [shlex.split(line) for line in out.split('\n') if line.startswith('python ')]
+  assert len(commands) == 4
+  train = Metered(5 * one)
+  codes = [start(*words[2:], train=train)[0] for words in commands]
+  assert codes == [0, 1, 1, 1]
+  assert len(train.called) == 1
+
+
+def test_a_dry_run_shows_the_table_of_all_and_the_commands_of_what_fits(start, one, tmp_path):
+  code, out, _ = start(f'--max_flops={2.5 * one}', '--over_budget=trim', '--dry_run')
+  assert code == 0
+  assert sum(line.startswith('missing') for line in out.split('\n')) == 4
+  assert sum(line.startswith('python ') for line in out.split('\n')) == 2
+  assert list(tmp_path.iterdir()) == []
+  code, out, error = start(f'--max_flops={2.5 * one}', '--dry_run')
+  assert code == 1
+  assert sum(line.startswith('missing') for line in out.split('\n')) == 4
+  assert error.count('\n') == 1
+
+
+def test_predictions_say_what_they_rest_on(start, tmp_path, monkeypatch):
+  pace = Pace(compiling=1000.0, starting=1000.0, step=1.0, eval_batch=0.0, save=0.0, steps=1000)
+  monkeypatch.setattr(measure, 'measure', lambda *args: pace)
+  code, out, _ = start('--dry_run')
+  assert 'seconds: estimate, 35% of' in out
+  assert list(tmp_path.iterdir()) == []
+  code, out, _ = start('--dry_run', '--measure')
+  assert 'seconds: measured on this machine' in out
+  rows = [line.split() for line in out.split('\n') if line.startswith('missing')]
+  assert all('2000' in row for row in rows)
+  assert [p.name for p in (tmp_path / 'runs/tiny').rglob('*') if p.is_file()] == ['measured.json']
+  code, out, _ = start('--dry_run')  # remembered
+  assert 'seconds: measured on this machine' in out
+  code, out, _ = start('--dry_run', '--device=v5e', '--devices=8')
+  assert '8 x v5e' in out
+  assert 'measured on this machine' not in out
+
+
+def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, tmp_path, monkeypatch):
+  asked = []
+
+  def fake(arm, *rest):
+    asked.append(arm.name)
+    return Pace(compiling=1800.0, starting=1800.0, step=1.8, eval_batch=0.0, save=0.0, steps=1000)
+
+  monkeypatch.setattr(measure, 'measure', fake)
+  train = FakeTrain()
+  code, _, error = start('--max_hours=3.5', train=train)
+  assert code == 1
+  assert 'the sweep would take 4 hours' in error
+  assert '2 of its 4 missing arms fit' in error
+  assert asked == ['a']  # one program for all of them
+  code, _, error = start('--max_cost=1.5', '--config.run.price=0.5', train=train)
+  assert code == 1
+  assert 'the sweep would take $2' in error
+  code, out, _ = start('--max_cost=1.5', '--config.run.price=0.5', '--over_budget=trim', train=train)
+  assert code == 0
+  assert train.called == [('a', 0), ('b', 0)]
