@@ -3,20 +3,23 @@
 from collections.abc import Mapping
 
 from launch.plan import Plan
+from slm_jax import chips
 from slm_jax.ablate import cost, table
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.ablate.arms import Arm, shown
+from slm_jax.ablate.arms import shown
+from slm_jax.ablate.cost import Cost, Device
+from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import SEEDS
 
 
-def describe(plan: Plan, everyone: Mapping[str, Arm]) -> str:
-  """The table of the plan's arms and their commands. everyone: all arms of the sweep, `{arm id: Arm}`."""
-  costs = cost.predict(everyone)
-  rows = [
-    ('state', 'arm', 'name', 'seed', 'builds on', 'params', 'tokens', 'FLOPs', '~seconds', 'differs from the base in')
-  ]
+def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
+  """The table of the plan's arms, and what those that are missing take. on, paces: see `cost.predict`."""
+  everyone = plan.everyone
+  costs = cost.predict(everyone, on, paces, hardware=True)
+  head = ('state', 'arm', 'name', 'seed', 'builds on', 'params', 'tokens', 'FLOPs', 'executed', '~seconds', '~$')
+  rows = [(*head, 'differs from the base in')]
   for arm in plan.arms:
-    parameters, tokens, flops, seconds = costs[arm.arm_id]
+    c = costs[arm.arm_id]
     differs = [f'{key}={shown(here)}' for key, (_, here) in arm.diff.items() if key not in SEEDS]
     rows.append(
       (
@@ -25,20 +28,31 @@ def describe(plan: Plan, everyone: Mapping[str, Arm]) -> str:
         arm.name,
         str(arm.config.seed),
         ', '.join(dict.fromkeys(everyone[p].name for p in arm.parents.values())) or '–',
-        table.short(parameters),
-        table.short(tokens),
-        table.short(flops),
-        f'{seconds:.0f}',
+        table.short(c.parameters),
+        table.short(c.tokens),
+        table.short(c.flops),
+        table.short(c.hardware_flops),
+        f'{c.seconds:.0f}',
+        table.number(c.dollars, '.2f'),
         ', '.join(differs) or '–',
       )
     )
+  return '\n'.join([table.columns(rows, right=(3, 5, 6, 7, 8, 9, 10)), '', *_together(plan, costs, on)])
+
+
+def _together(plan: Plan, costs: Mapping[str, Cost], on: Device) -> list[str]:
+  """What the missing arms take, and where the figures are from."""
   missing = [costs[arm.arm_id] for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
-  flops, seconds = sum(c.flops for c in missing), sum(c.seconds for c in missing)
-  return '\n'.join(
-    [
-      table.columns(rows, right=(3, 5, 6, 7, 8)),
-      '',
-      f'{len(plan.arms)} arms, {len(missing)} to run: {table.short(flops)} FLOPs, about {seconds / 60:.1f} minutes'
-      f' (an estimate, without evaluation and compilation: at {cost.basis()})',
-    ]
-  )
+  prices = {chips.price(on.kind, arm.config.run.price)[1] for arm in plan.arms}
+
+  def add(field: str) -> float:
+    return sum(getattr(each, field) or 0.0 for each in missing)
+
+  return [
+    f'{len(plan.arms)} arms, {len(missing)} to run: {table.short(add("flops"))} FLOPs,'
+    f' about {add("seconds") / 60:.1f} minutes one after another, {add("chip_hours"):.3g} chip-hours,'
+    f' ${add("dollars"):.2f}, {add("joules") / 3.6e6:.2g} kWh',
+    '  FLOPs: of the models, teachers included; executed: with what is recomputed, masked or pruned as well',
+    f'  seconds: {cost.basis(on, [costs[arm.arm_id] for arm in plan.arms])}',
+    f'  dollars: {"; ".join(sorted(prices))}; energy: estimate, {chips.watts(on.kind)[1]}',
+  ]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import math
 import platform
 import subprocess
 import time
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from slm_jax.revision import source
 
 # Dense bfloat16 peak, FLOP/s a chip, as published by the vendors.
 PEAK = {
@@ -36,13 +41,13 @@ def peak_flops() -> tuple[float, str]:
   if kind in PEAK:
     return PEAK[kind] * len(devices), f'published bfloat16 peak of {kind}'
   # The fake devices of one CPU share its cores, so their number does not enter.
-  return measured_matmul(), 'measured float32 matmul of this machine'
+  return measured_matmul() * jax.process_count(), 'measured float32 matmul of this machine'
 
 
 @functools.cache
 def measured_matmul(n: int = 1024, seconds: float = 0.3) -> float:
   """FLOP/s of the fastest of several n x n float32 matrix products."""
-  x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.devices()[0])
+  x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
   product = jax.jit(jnp.matmul)
   product(x, x).block_until_ready()
   best, end = float('inf'), time.perf_counter() + seconds
@@ -51,6 +56,30 @@ def measured_matmul(n: int = 1024, seconds: float = 0.3) -> float:
     product(x, x).block_until_ready()
     best = min(best, time.perf_counter() - start)
   return 2 * n**3 / best
+
+
+def matmul_flops(program: Any) -> float:
+  """FLOPs of all matrix products that a `jax.make_jaxpr` executes: 2 M N K each, loops multiplied out.
+
+  Unlike the count of `model/flops.py` this one has the recomputation (remat, chunked losses), the scores that a mask
+  hides, the weights that are multiplied although they are pruned, and the steps' tokens that are padding. Results that
+  nobody uses are left out, as the compiler does; of a `cond`, the dearest branch counts; a `while` counts once.
+  """
+  jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+  return _matmul_flops(jaxpr)
+
+
+def _matmul_flops(jaxpr: Any) -> float:
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+      total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    parts = [_matmul_flops(part) for part in jax.extend.core.jaxprs_in_params(eqn.params)]
+    inside = max(parts, default=0.0) if eqn.primitive.name == 'cond' else sum(parts)
+    total += inside * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+  return total
 
 
 def cache_compilations(folder: Path) -> None:
@@ -85,6 +114,7 @@ def environment() -> dict[str, Any]:
   devices = jax.devices()
   return {
     'git': _git(),
+    'source': source(),
     'packages': {name: _version(name) for name in packages},
     'python': platform.python_version(),
     'machine': platform.platform(),

@@ -1,38 +1,124 @@
-"""What an arm will take, before it runs."""
+"""What an arm will take, before it runs: FLOPs, seconds, chip-hours, dollars, joules.
 
-from collections.abc import Mapping
+FLOPs are of two kinds. Model FLOPs (`model/flops.py`, teachers' forward passes included) are what the mathematics
+needs: they compare methods, and budgets are given in them. Hardware FLOPs (`perf.matmul_flops` of the traced step) are
+what the devices execute: recomputation, hidden scores and pruned weights included. Neither counts evaluation.
+
+Seconds come from a measurement of the arm's own step on this machine (`measure.py`) where there is one, otherwise from
+model FLOPs at a stated share of the devices' peak, which is off by a factor of two or more for small models.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from slm_jax import perf
-from slm_jax.ablate.arms import Arm
-from slm_jax.model.flops import flops_per_token, parameter_count
+import jax
 
-UTILISATION = 0.35  # of the matrix-product peak, typical of small models; the prediction of time is no better than this
+from slm_jax import chips, perf
+from slm_jax.ablate import measure
+from slm_jax.ablate.arms import Arm
+from slm_jax.ablate.measure import Pace
+from slm_jax.model.flops import flops_per_token, parameter_count
+from slm_jax.train import hardware_flops
+
+UTILISATION = 0.35  # of the matrix-product peak, typical of small models; for what has not been measured
+
+
+class Device(NamedTuple):
+  """What one arm will run on."""
+
+  kind: str  # as JAX calls it
+  chips: int
+  peak: float  # FLOP/s of all of them
+  source: str  # of the peak
+  here: bool
 
 
 class Cost(NamedTuple):
+  """What one arm is predicted to take by itself; arms that train together (populations) take less time."""
+
   parameters: int
   tokens: int
-  flops: float  # of this arm's training, its teachers' forward passes included
-  seconds: float  # an estimate
+  flops: float  # model FLOPs
+  hardware_flops: float | None  # None if not asked for
+  seconds: float
+  measured: bool  # whether the seconds are from a measurement
+  chip_hours: float
+  dollars: float | None  # None if nobody knows the price
+  joules: float  # an estimate: chip-seconds times stated watts
 
 
-def predict(arms: Mapping[str, Arm]) -> dict[str, Cost]:
-  """`{arm id: Cost}`. FLOPs = tokens * (own forward and backward + forward of every arm that a transform refers to)."""
-  rate = UTILISATION * perf.peak_flops()[0]
+def device(name: str = '', count: int = 1) -> Device:
+  """The devices of this machine, or `count` chips of that name in chips.toml."""
+  if not name:
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    peak, source = perf.peak_flops()
+    return Device(kind, chips.count(kind, len(devices), jax.process_count()), peak, source, here=True)
+  kind = chips.table()[name].kinds[0]
+  return Device(kind, count, perf.PEAK[kind] * count, f'published bfloat16 peak of {count} x {name}', here=False)
+
+
+def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> tuple[int, float]:
+  """`(tokens, model FLOPs)` of an arm's training: own forward and backward, and its teachers' forward passes."""
+  data, model = arm.config.data, arm.config.model
+  tokens = arm.config.train.steps * data.batch_size * data.seq_len
+  teachers = [arms[parent].config.model for key, parent in arm.parents.items() if key.startswith('transforms.')]
+  a_token = flops_per_token(model, data.seq_len)
+  a_token += sum(flops_per_token(teacher, data.seq_len, backward=False) for teacher in teachers)
+  return tokens, tokens * a_token
+
+
+def predict(
+  arms: Mapping[str, Arm], on: Device, paces: Mapping[str, Pace] | None = None, hardware: bool = False
+) -> dict[str, Cost]:
+  """`{arm id: Cost}` of arms in the order in which they run, one after another.
+
+  paces: `{shape key: Pace}` of this machine; they say nothing about another. hardware: whether to trace steps for their
+  hardware FLOPs, half a second for each static shape.
+  """
+  paces = (paces or {}) if on.here else {}
+  executed: dict[str, float] = {}
+  compiled = {(key, pace.steps) for key, pace in paces.items()}
   costs = {}
   for arm in arms.values():
-    data, model = arm.config.data, arm.config.model
-    tokens = arm.config.train.steps * data.batch_size * data.seq_len
-    teachers = [arms[parent].config.model for key, parent in arm.parents.items() if key.startswith('transforms.')]
-    a_token = flops_per_token(model, data.seq_len)
-    a_token += sum(flops_per_token(teacher, data.seq_len, backward=False) for teacher in teachers)
-    flops = tokens * a_token
-    costs[arm.arm_id] = Cost(parameter_count(model), tokens, flops, flops / rate)
+    config, key = arm.config, measure.shape_key(arm, arms)
+    steps = config.train.steps
+    tokens, flops = model_flops(arm, arms)
+    if hardware and key not in executed:
+      executed[key] = _hardware_flops(arm, arms)
+    pace = paces.get(key)
+    seconds = pace.seconds(config, (key, steps) in compiled) if pace else flops / (UTILISATION * on.peak)
+    compiled.add((key, steps))
+    hours = seconds * on.chips / 3600
+    price, _ = chips.price(on.kind, config.run.price)
+    costs[arm.arm_id] = Cost(
+      parameters=parameter_count(config.model),
+      tokens=tokens,
+      flops=flops,
+      hardware_flops=executed[key] * steps if hardware else None,
+      seconds=seconds,
+      measured=pace is not None,
+      chip_hours=hours,
+      dollars=None if price is None else hours * price,
+      joules=seconds * on.chips * chips.watts(on.kind)[0],
+    )
   return costs
 
 
-def basis() -> str:
+def _hardware_flops(arm: Arm, arms: Mapping[str, Arm]) -> float:
+  """Of one step, traced here; nothing is allocated or compiled."""
+  with tempfile.TemporaryDirectory() as folder:
+    return hardware_flops(measure.stand_in(arm.config, arms, Path(folder), allocate=False))
+
+
+def basis(on: Device, costs: Sequence[Cost]) -> str:
   """What the predicted seconds rest on, in words."""
-  peak, source = perf.peak_flops()
-  return f'{UTILISATION:.0%} of {peak / 1e9:,.0f} GFLOP/s ({source})'
+  guess = f'{UTILISATION:.0%} of {on.peak / 1e9:,.0f} GFLOP/s ({on.source}), without evaluation and compilation'
+  measured, how = sum(cost.measured for cost in costs), 'measured on this machine, by a few steps of each shape of arm'
+  if measured == len(costs):
+    return how
+  if measured:
+    return f'{how}, for {measured} arms; for the others an estimate, {guess}'
+  return f'estimate, {guess}' + ('; --measure takes a few steps instead' if on.here else '')

@@ -1,0 +1,142 @@
+"""The flags of a launch that are about cost: budgets, and what time and money are predicted for."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launch.plan import Plan
+from slm_jax import chips
+from slm_jax.ablate import budget
+from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.arms import Arm
+from slm_jax.ablate.budget import FLAGS, Amount, Limits
+from slm_jax.config import ConfigError, require
+
+if TYPE_CHECKING:
+  from slm_jax.ablate.cost import Device
+  from slm_jax.ablate.measure import Pace
+
+FEW = 8  # names in a message
+
+
+def define(values: flags.FlagValues) -> None:
+  about = {
+    'max_flops': 'model FLOPs that all arms of the sweep may take together, those of earlier launches included',
+    'max_cost': 'dollars likewise; run.price says what an hour of a chip costs',
+    'max_hours': 'hours of training likewise, summed over the arms: n arms side by side use n of them an hour',
+  }
+  for name in FLAGS:
+    flags.DEFINE_float(name, None, about[name], flag_values=values)
+  text = 'a sweep that would go above its limit: refuse it, or trim it to what fits, whole seeds first'
+  flags.DEFINE_enum('over_budget', 'refuse', ['refuse', 'trim'], text, flag_values=values)
+  text = 'predict time from a few steps of each shape of arm, taken now on this machine; kept in WORKDIR/cache'
+  flags.DEFINE_bool('measure', False, text, flag_values=values)
+  text = 'predict time and cost for this chip of chips.toml (v5e, h100, ...), not for this machine'
+  flags.DEFINE_string('device', '', text, flag_values=values)
+  flags.DEFINE_integer('devices', 1, 'how many of them one arm runs on', 1, flag_values=values)
+
+
+def check(options: flags.FlagValues) -> None:
+  """ConfigError if these flags cannot be meant."""
+  for name in FLAGS:
+    value = options[name].value
+    require(value is None or 0 < value < math.inf, f'--{name}={value}: must be a positive number')
+  name, known = options.device, chips.table()
+  require(name in ('', *known), f'--device={name}: not in {chips.TABLE.name}; there is: {", ".join(known)}')
+  require(bool(name) or options.devices == 1, f'--devices={options.devices}: needs --device=NAME')
+  require(not (name and options.measure), f'--measure: takes steps on this machine; --device={name} is another')
+
+
+def limits(options: flags.FlagValues) -> Limits:
+  values = [options[name].value for name in FLAGS]
+  return Limits(*(math.inf if value is None else float(value) for value in values))
+
+
+def chosen(options: flags.FlagValues) -> list[str]:
+  """The flags that a worker must have too."""
+  return [f'--{name}={options[name].value:g}' for name in FLAGS if options[name].value is not None]
+
+
+def predicting(plan: Plan, options: flags.FlagValues) -> 'tuple[Device, dict[str, Pace]]':
+  """What costs are predicted for, and how fast arms are there: measured now if that is asked for."""
+  from slm_jax.ablate import cost, measure  # with jax
+
+  if options.measure:
+    missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+    measure.measure_all(missing, plan.everyone, plan.workdir)
+  return cost.device(options.device, options.devices), measure.known(plan.workdir)
+
+
+def within(plan: Plan, options: flags.FlagValues) -> Plan:
+  """The plan, or with --over_budget=trim the arms of it that stay within the limits; says what was dropped.
+
+  ConfigError if the plan goes above a limit and is not to be trimmed, or nothing would be left to run. Limits on time
+  or money measure what has not been measured yet, where this machine is the one that trains.
+  """
+  wanted = limits(options)
+  if wanted == Limits():
+    return plan
+  if wanted._replace(flops=math.inf) != Limits() and options.launch == 'local' and not options.device:
+    options['measure'].value = options.measure or not options.dry_run
+  amounts, spent, done = _amounts(plan, options)
+  own = {arm.arm_id for arm in plan.arms}
+  besides = budget.total([used for arm_id, used in spent.items() if arm_id not in own])
+  kept = budget.fit(plan.arms, amounts, done, wanted, besides)
+  if len(kept) == len(plan.arms):
+    return plan
+  all_of_it, before = budget.total([besides, *amounts.values()]), budget.total(list(spent.values()))
+  flag, missing, fits = budget.exceeded(all_of_it, wanted), len(own - done), len({a.arm_id for a in kept} - done)
+  words = f'{flag}: the sweep would take {budget.shown(all_of_it, flag)}, {budget.shown(before, flag)} of it spent'
+  if options.over_budget == 'refuse' or not kept:
+    hint = ', and --over_budget=trim runs those' if fits else ''
+    raise ConfigError(f'{words}; {fits} of its {missing} missing arms fit{hint}')
+  print(f'{words}; dropped: {_names([arm for arm in plan.arms if arm not in kept])}')
+  return plan._replace(arms=kept)
+
+
+def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], dict[str, Amount], set[str]]:
+  """`({id: what it takes in all}, {id: what it has used}, ids of what is done)`, the first of the plan's arms."""
+  from slm_jax.ablate import cost  # with jax
+
+  on, paces = predicting(plan, options)
+  if limits(options).dollars < math.inf:
+    budget.require_price(plan.arms, on.kind)
+  sweep = plan.everyone
+  costs = cost.predict(sweep, on, paces)
+  spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}
+  done = {arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)}
+  amounts = {}
+  for arm_id in (arm.arm_id for arm in plan.arms):
+    c, used = costs[arm_id], spent[arm_id]
+    expected = Amount(c.flops, c.dollars or 0.0, c.seconds / 3600)
+    amounts[arm_id] = used if arm_id in done else Amount(*map(max, used, expected))
+  if on.here and on.kind != 'cpu':
+    from jax.extend import backend
+
+    backend.clear_backends()  # a process that has used a GPU keeps its memory, and the workers need that
+  return amounts, spent, done
+
+
+def admission(plan: Plan, options: flags.FlagValues) -> Callable[[Arm], str]:
+  """What a worker asks before it starts an arm: why it may not, '' if it may."""
+  sweep = plan.everyone
+  return budget.admission(limits(options), plan.workdir, list(sweep.values()), per_token(sweep))
+
+
+def per_token(sweep: dict[str, Arm]) -> Callable[[Arm], float]:
+  """Model FLOPs a token of an arm of the sweep."""
+
+  def of(arm: Arm) -> float:
+    from slm_jax.ablate.cost import model_flops  # with jax, and needed only where a run was cut off
+
+    tokens, flops = model_flops(arm, sweep)
+    return flops / tokens
+
+  return of
+
+
+def _names(arms: Sequence[Arm]) -> str:
+  names = [f'{arm.name} (seed {arm.config.seed})' for arm in arms]
+  return ', '.join(names[:FEW]) + (f' and {len(names) - FEW} more' if len(names) > FEW else '')

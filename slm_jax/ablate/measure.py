@@ -1,0 +1,267 @@
+"""How fast this machine trains an arm: the real loop, for a few steps, on random tokens and random parameters.
+
+What is run is `train.train` on a job that `train.assemble` made of the arm's own configuration, in a temporary folder:
+compiled step, evaluation, checkpoints, books and all; only data and models of other arms are stand-ins of the right
+shape. So nothing has to be downloaded, tokenised or trained before, and nothing can be forgotten in the count.
+
+Arms that differ in traced numbers, seeds, names, data, initial parameters or the number of their steps share one
+measurement. Results are kept in WORKDIR/cache/measured.json, for this machine; the compiled programs are kept too.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm_jax import chips, metrics, perf, sharding, train
+from slm_jax import config as configs
+from slm_jax.ablate.arms import Arm
+from slm_jax.data import batches
+from slm_jax.data.dataset import Dataset
+from slm_jax.data.tokenizer import Bytes, Tokenizer
+from slm_jax.experiment import Config, InitConfig
+from slm_jax.files import write_json
+from slm_jax.model import decoder
+from slm_jax.model.api import Model, Params
+from slm_jax.preempt import Preemption
+
+SECONDS = 3.0  # of steps, about, once all is compiled
+LEAST, MOST = 6, 60  # steps
+VALID_BATCHES = 4  # evaluated, at most
+
+
+class Pace(NamedTuple):
+  """Seconds that one static shape takes on this machine."""
+
+  compiling: float  # of a run whose programs are not in the cache yet: tracing, compiling, opening files
+  starting: float  # the same where they are
+  step: float
+  eval_batch: float
+  save: float  # a checkpoint
+  steps: int  # for which the programs are in the cache: schedules are compiled in
+
+  def seconds(self, config: Config, compiled: bool) -> float:
+    """What run.json will call `seconds`: the loop from its first compilation to its last checkpoint.
+
+    Every evaluation is taken to be the best so far, and hence saved; with eval.sequences=0, 256 are taken for granted.
+    """
+    steps, every, save_every = config.train.steps, config.eval.every, config.run.checkpoint_every
+    evaluated = {*range(0, steps, every), steps}
+    saved = evaluated | set(range(0, steps, save_every))
+    n = -(-(config.eval.sequences or 256) // config.data.batch_size)
+    once = self.starting if compiled else self.compiling
+    return once + steps * self.step + len(evaluated) * n * self.eval_batch + len(saved) * self.save
+
+
+# ----------------------------------------------------------------------------------------------------------- keys
+
+
+def shape_key(arm: Arm, arms: Mapping[str, Arm]) -> str:
+  """A hash of all that the pace of an arm depends on. arms: of the whole sweep, for its teachers' shapes."""
+  config = configs.static(arm.config)
+  teachers = {
+    key: configs.canonical_json(arms[parent].config.model)
+    for key, parent in arm.parents.items()
+    if key.startswith('transforms.')
+  }
+  plain = configs.to_dict(configs.override(config, teachers))
+  shape = {
+    **{name: plain[name] for name in ('model', 'optim', 'transforms')},
+    'train': {**plain['train'], 'steps': 0},
+    'data': {name: plain['data'][name] for name in ('seq_len', 'batch_size')},
+    'run': {name: plain['run'][name] for name in ('data_parallel', 'fsdp', 'tensor', 'prefetch')},
+  }
+  return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def machine() -> str:
+  """What a measurement holds for."""
+  devices = jax.devices()
+  parts = (platform.node(), devices[0].device_kind, len(devices), chips.usable_cores(), jax.__version__)
+  return ', '.join(map(str, parts))
+
+
+# --------------------------------------------------------------------------------------------------- the memory of it
+
+
+def known(workdir: Path) -> dict[str, Pace]:
+  """`{shape key: Pace}` measured on this machine before."""
+  try:
+    return {key: Pace(**entry) for key, entry in _read(workdir).get(machine(), {}).items()}
+  except (TypeError, AttributeError):  # of another version: measure anew
+    return {}
+
+
+def _read(workdir: Path) -> dict[str, Any]:
+  try:
+    return json.loads((workdir / 'cache' / 'measured.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+
+
+def measure_all(arms: Iterable[Arm], everyone: Mapping[str, Arm], workdir: Path) -> dict[str, Pace]:
+  """`known`, with what was missing for `arms` measured now and written down."""
+  paces = known(workdir)
+  for arm in arms:
+    key = shape_key(arm, everyone)
+    if key not in paces:
+      paces[key] = measure(arm, everyone, workdir)
+      here = {machine(): {key: pace._asdict() for key, pace in paces.items()}}
+      write_json(workdir / 'cache' / 'measured.json', {**_read(workdir), **here})
+  return paces
+
+
+# ---------------------------------------------------------------------------------------------------- the measurement
+
+
+def measure(arm: Arm, everyone: Mapping[str, Arm], workdir: Path) -> Pace:
+  """Two short runs: one that compiles, one that finds its programs in the cache, as the next arm of the shape will."""
+  perf.keep_freed_memory()
+  perf.cache_compilations(workdir / 'cache')
+  (workdir / 'cache').mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix='measure-', dir=workdir / 'cache') as folder:
+    first = _probe(arm, everyone, Path(folder) / 'first', LEAST)
+    steps = min(max(int(SECONDS / first.step), LEAST), MOST)
+    second = _probe(arm, everyone, Path(folder) / 'second', steps)
+  return Pace(
+    # The steps of the first run, which are fewer, count at the second one's pace.
+    compiling=max(first.seconds - first.rest(second), second.once),
+    starting=second.once,
+    step=second.step,
+    eval_batch=second.evaluation / second.eval_batches,
+    save=second.save,
+    steps=arm.config.train.steps,
+  )
+
+
+class Probe(NamedTuple):
+  """What a short run took: seconds in all, and those of a step, an evaluation and a save at its end."""
+
+  seconds: float
+  steps: int
+  step: float
+  evaluation: float
+  eval_batches: int
+  save: float
+
+  def rest(self, other: 'Probe') -> float:
+    """Seconds that its steps, its two evaluations and its two saves would have taken at the other's pace."""
+    return self.steps * other.step + 2 * (other.evaluation + other.save)
+
+  @property
+  def once(self) -> float:
+    return max(self.seconds - self.rest(self), 0.0)
+
+
+def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> Probe:
+  """The loop from the middle of the run on, where what a schedule does from time to time is done."""
+  config = dataclasses.replace(arm.config, init=InitConfig())
+  job, start = stand_in(config, everyone, folder), max(config.train.steps // 2, steps)
+  sequences = min(config.eval.sequences or 256, VALID_BATCHES * config.data.batch_size)
+  short = dataclasses.replace(
+    config,
+    train=dataclasses.replace(config.train, steps=start + steps),
+    eval=dataclasses.replace(config.eval, every=start, sequences=sequences, samples=0),
+    run=dataclasses.replace(
+      config.run, log_every=1, checkpoint_every=2 * (start + steps), tensorboard=False, wandb=False
+    ),
+  )
+
+  def fresh(config: Config) -> Any:
+    return job.fresh(config)._replace(step=jax.device_put(jnp.int32(start), job.layout.step))
+
+  summary = train.train(job._replace(config=short, fresh=fresh), Preemption(), 'measure')
+  lines = list(metrics.read(folder / 'metrics.jsonl'))
+  ends = [line['seconds'] for line in lines if line['kind'] == 'train']
+  evaluated = [line['seconds'] for line in lines if line['kind'] == 'eval'][-1]
+  return Probe(
+    seconds=summary['seconds'],
+    steps=steps,
+    step=typical([b - a for a, b in zip(ends[1:], ends[2:], strict=False)]),  # the first one compiles
+    evaluation=evaluated - ends[-1],
+    eval_batches=-(-sequences // config.data.batch_size),
+    save=summary['seconds'] - evaluated,
+  )
+
+
+def typical(seconds: list[float]) -> float:
+  """The mean without outliers (more than three times the median): the host's hiccups go, a mask refresh stays."""
+  middle = statistics.median(seconds)
+  return statistics.fmean(s for s in seconds if s <= 3 * middle)
+
+
+# ------------------------------------------------------------------------------------------------------- stand-ins
+
+
+def stand_in(config: Config, everyone: Mapping[str, Arm], folder: Path, allocate: bool = True) -> train.Job:
+  """The job of an arm without its data and its teachers: random tokens, random parameters.
+
+  allocate: False if the step shall only be traced, not run: teachers are shapes, and the devices may be elsewhere.
+  """
+  if allocate:
+    mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
+    sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
+  else:
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+  def load(arm_id: str) -> tuple[Model, Params]:
+    model = decoder.build(everyone[arm_id].config.model)
+    if not allocate:
+      return model, jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    params = jax.jit(model.init)(jax.random.PRNGKey(0))
+    return model, sharding.place(params, decoder.logical_axes(model.config), mesh)
+
+  return train.assemble(config, folder, noise(config), mesh, load)
+
+
+def noise(config: Config) -> Dataset:
+  """Random tokens in the shapes of the arm's data."""
+  vocab, length = config.model.vocab_size, config.data.seq_len
+  sequences = Noise(1024, length, vocab)
+  unknown: Any = SimpleNamespace(manifest={'splits': {'valid': {}}})  # a store that knows no entropy
+  valid = grain.MapDataset.source(Noise(VALID_BATCHES * config.data.batch_size, length, vocab))
+  # The lengths of tokens are compiled into the evaluation, so that of bytes is the arm's own program.
+  tokenizer = Bytes() if config.data.tokenizer == 'bytes' else NoTokens(vocab)
+  return Dataset(config.data, tokenizer, (unknown,), batches.order([sequences], (), 0), valid)
+
+
+class Noise:
+  """`n` sequences [2, length + 1]: random tokens, one document each."""
+
+  def __init__(self, n: int, length: int, vocab: int):
+    self._n, self._shape, self._vocab = n, length + 1, vocab
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    tokens = np.random.default_rng(index).integers(0, self._vocab, self._shape)
+    return np.stack([tokens, np.ones_like(tokens)]).astype(np.uint32)
+
+
+class NoTokens(Tokenizer):
+  """A vocabulary without text."""
+
+  def __init__(self, vocab: int):
+    self.vocab_size, self.byte_lengths, self.fingerprint = vocab, np.ones(vocab, np.int32), ''
+    self.pad = self.bos = self.eos = 0
+
+  def encode(self, text: str) -> list[int]:
+    return []
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return ''
+
+  def serialize(self) -> bytes:
+    return b''
