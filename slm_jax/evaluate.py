@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm_jax import losses
+from slm_jax import losses, sharding
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
 from slm_jax.losses import Term, Terms
@@ -104,5 +104,5 @@ def samples(config: Config, params: Params, tokenizer: Tokenizer) -> list[dict[s
     eos=tokenizer.eos,
     pad=tokenizer.eos,
   )
-  rows = [[int(t) for t in row if t != tokenizer.eos and t < tokenizer.vocab_size] for row in np.asarray(tokens)]
+  rows = [[int(t) for t in row if t != tokenizer.eos and t < tokenizer.vocab_size] for row in sharding.to_host(tokens)]
   return [{'prompt': config.eval.prompt, 'text': tokenizer.decode(row)} for row in rows]

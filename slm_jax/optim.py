@@ -45,8 +45,18 @@ class Optimizer(NamedTuple):
   rate: Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]  # (hparams, step) -> learning rate, for the log
 
 
-def optimizer(config: OptimConfig, steps: int) -> Optimizer:
-  """Clipping, then the named optimiser with decoupled weight decay: w <- w - lr(t) * (direction + weight_decay * w)."""
+def optimizer(config: OptimConfig, steps: int, width_ratio: float = 1.0) -> Optimizer:
+  """Clipping, then the named optimiser with decoupled weight decay: w <- w - lr(t) * (direction + weight_decay * w).
+
+  width_ratio: r of muP (ModelConfig); the direction of a layer's matrices is divided by it. The decay is not: its pull
+  lr(t) * weight_decay is the same at all widths, and transfers better than one that is divided too (arXiv 2203.03466).
+  It does follow the schedule, and the base learning rate; the fully independent decay of arXiv 2309.14322 would be
+  weight_decay varied as 1 / learning_rate. ConfigError for r != 1 without adamw.
+  """
+  require(
+    width_ratio == 1 or config.name == 'adamw',
+    f'optim.name={config.name}: has no muP, and the width is {width_ratio:g} times the base; allowed: adamw',
+  )
   shape = schedule(config, steps)
 
   def learning_rate(hparams, count):
@@ -58,7 +68,12 @@ def optimizer(config: OptimConfig, steps: int) -> Optimizer:
 
     decay, clip = hparams['optim.weight_decay'], hparams['optim.clip']
     if config.name == 'adamw':
-      update = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=_decayed)
+      update = optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        divide_hidden(width_ratio),
+        optax.add_decayed_weights(decay, _decayed),
+        optax.scale_by_learning_rate(rate),
+      )
     elif config.name == 'muon':
       # consistent_rms=0.2 gives matrices and Adam's vectors one learning rate (Moonlight, arXiv 2502.16982).
       update = optax.contrib.muon(
@@ -79,6 +94,19 @@ def optimizer(config: OptimConfig, steps: int) -> Optimizer:
 
   names = ('learning_rate', 'weight_decay', 'clip')
   return Optimizer({f'optim.{name}': getattr(config, name) for name in names}, make, learning_rate)
+
+
+def divide_hidden(by: float) -> optax.GradientTransformation:
+  """Divides the updates of the layers' matrices, the only ones whose inputs and outputs both grow with the width."""
+
+  def divide(path, update):
+    hidden = path[0].key == 'layers' and not _is_vector(path)
+    return update / by if hidden else update
+
+  def divide_all(updates, params=None):
+    return jax.tree_util.tree_map_with_path(divide, updates)
+
+  return optax.identity() if by == 1 else optax.stateless(divide_all)
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:

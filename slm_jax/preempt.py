@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 42
@@ -13,10 +13,14 @@ class Preempted(Exception):
 
 
 class Preemption:
-  """Context manager that turns SIGTERM and SIGINT into a flag. A second signal acts at once, as it would outside."""
+  """Context manager that turns SIGTERM and SIGINT into a flag. A second signal acts at once, as it would outside.
 
-  def __init__(self) -> None:
+  agreed: whether to stop here, given whether this process was asked to; for several that must stop at the same place.
+  """
+
+  def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
     self.requested = False
+    self._agreed = agreed
     self._at_once = False
     self._old: dict[int, Any] = {}
 
@@ -39,7 +43,7 @@ class Preemption:
 
   def check(self) -> None:
     """Raises Preempted if a stop was requested."""
-    if self.requested:
+    if self._agreed(self.requested):
       raise Preempted
 
   @contextlib.contextmanager

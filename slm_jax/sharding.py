@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.config import ConfigError, require
@@ -27,8 +28,9 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A `data x fsdp x tensor` mesh over all devices; data=0 takes what is left."""
-  devices = jax.devices() if devices is None else devices
+  """A `data x fsdp x tensor` mesh over all devices, those of a host side by side; data=0 takes what is left."""
+  if devices is None:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   rest, n = fsdp * tensor, len(devices)
   if data == 0:
     require(n % rest == 0, f'run.fsdp={fsdp}, run.tensor={tensor}: {rest} does not divide the {n} devices')
@@ -53,6 +55,21 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     batch_size % (ways * accumulate) == 0,
     f'data.batch_size={batch_size}: not divisible by train.accumulate={accumulate} x {ways} data-parallel devices',
   )
+
+
+def share(mesh: Mesh) -> tuple[int, int]:
+  """`(i, n)`: of n equal parts of a batch, one after another, this host feeds its devices the i-th.
+
+  Hosts that hold parts of one tensor-parallel model feed the same rows. ConfigError if two hosts share some of theirs.
+  """
+  ours, its = len(mesh.local_devices), mesh.shape['tensor']
+  n_hosts = mesh.size // ours
+  require(
+    ours % its == 0 or its % ours == 0,
+    f'run.tensor={its}: neither divides the {ours} devices of a host nor is divided by them',
+  )
+  together = max(its // ours, 1)
+  return jax.process_index() // together, n_hosts // together
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
@@ -95,14 +112,37 @@ def abstract(shapes: Any, layout: Any) -> Any:
 
 
 def place(params: Any, axes: Any, mesh: Mesh) -> Any:
-  """`params` on the devices, as `shardings` says."""
-  return jax.device_put(params, shardings(params, axes, mesh))
+  """`params`, which every host has, on the devices, as `shardings` says."""
+
+  def put(x, where):
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+  return jax.tree.map(put, to_host(params), shardings(params, axes, mesh))
+
+
+def to_host(tree: Any) -> Any:
+  """The arrays as numpy arrays, whole, on every host."""
+
+  def get(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(get, tree)
 
 
 def placer(mesh: Mesh) -> Callable[[Any], Any]:
-  """A function that puts one host's part of a batch onto its devices."""
-  where = batch_sharding(mesh)
-  return lambda batch: {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
+  """A function that puts one host's share of a batch onto its devices."""
+  where, (_, n) = batch_sharding(mesh), share(mesh)
+
+  def put(x):
+    return jax.make_array_from_process_local_data(where, x, (n * len(x), *x.shape[1:]))
+
+  def place(batch):
+    with jax.transfer_guard('allow'):  # this transfer is meant; with several hosts, JAX does not see that
+      return {k: put(v) for k, v in batch.items()}
+
+  return place
 
 
 def _is_axes(value: Any) -> bool:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from slm_jax import config as configs
-from slm_jax import evaluate, metrics, perf, sharding
+from slm_jax import distributed, energy, evaluate, metrics, perf, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, save_model
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.experiment import Config
@@ -32,6 +33,7 @@ from slm_jax.record import Record
 from slm_jax.step import Metrics, Resources, TrainState, chain, init_state, make_step
 
 Place = Callable[[Any], Any]  # host arrays -> device arrays
+Load = Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
 
 
 class Job(NamedTuple):
@@ -54,14 +56,14 @@ class Job(NamedTuple):
 def run(config: Config, workdir: Path, arm_id: str) -> int:
   """Trains the arm unless it is done. Returns 0 (done), 1 (failed for good) or 42 (preempted, state saved)."""
   folder = workdir / 'arms' / arm_id
-  if (folder / 'DONE').exists():
+  if distributed.on_main((folder / 'DONE').exists):
     return EXIT_DONE
   perf.keep_freed_memory()  # before anything is computed
   folder.mkdir(parents=True, exist_ok=True)
   perf.cache_compilations(workdir / 'cache')
   record = Record(folder, arm_id, config)
   try:
-    with disk_errors(folder), Preemption() as stop:
+    with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       summary = train(job, stop, arm_id)
@@ -74,7 +76,9 @@ def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
   """Data and devices. What is wrong with them shows here; a launcher calls this before it writes anything of an arm."""
   mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
   sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
-  dataset = open_data(config.data, workdir / 'data', logging.info)
+  dataset = distributed.main_first(
+    lambda: open_data(config.data, workdir / 'data', logging.info, *sharding.share(mesh)),
+  )
   dataset.tokenizer.check_vocabulary(config.model.vocab_size)
   return dataset, mesh
 
@@ -84,16 +88,21 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   dataset, mesh = inputs(config, workdir)
 
   def load(arm_id: str) -> tuple[Model, Params]:
-    model_config, params, record = load_model(workdir / 'arms' / arm_id / 'model')
+    model_config, params, record = load_model(workdir / 'arms' / arm_id / 'model', mesh)
     dataset.tokenizer.check_fingerprint(record['tokenizer'], f'arm {arm_id}')
-    return decoder.build(model_config), sharding.place(params, decoder.logical_axes(model_config), mesh)
+    return decoder.build(model_config), params
 
+  return assemble(config, folder, dataset, mesh, load)
+
+
+def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.Mesh, load: Load) -> Job:
+  """The job of an arm, from its data, its devices and a way to get at other arms' models."""
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
   built = [spec.build(Resources(config.train.steps, config.data.seq_len, load)) for spec in config.transforms]
   transform = chain(*(part for part, _ in built))
   frozen = {name: tree for _, its in built for name, tree in its.items()}
-  optim = optimizer(config.optim, config.train.steps)
+  optim = optimizer(config.optim, config.train.steps, config.model.width_ratio)
   step = make_step(
     model,
     optim,
@@ -105,9 +114,10 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
   shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
-  layout = sharding.shardings(shapes, decoder.logical_axes(config.model), mesh)
+  axes = decoder.logical_axes(config.model)
+  layout = sharding.shardings(shapes, axes, mesh)
 
-  new_params = jax.jit(model.init)
+  new_params = jax.jit(model.init, out_shardings=layout.params)
   new_state = jax.jit(
     lambda key, params, hparams: init_state(key, params, optim, transform)._replace(hparams=hparams),
     out_shardings=layout,
@@ -117,7 +127,7 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
     if config.init.arm:
       parent, params = load(config.init.arm)
-      params = cut(params, parent.config, config.model)
+      params = sharding.place(cut(sharding.to_host(params), parent.config, config.model), axes, mesh)
     else:
       params = new_params(init_key)
     return new_state(state_key, params, configs.traced(config))
@@ -142,8 +152,9 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
   """The loop. Returns the summary of a run that came to its end; raises Preempted with everything saved."""
   config = job.config
   steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
-  take = jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, None))
-  final, measure = jax.jit(job.final), jax.jit(job.measure)
+  everywhere = job.layout.step  # so that each host can read the numbers
+  take = jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, everywhere))
+  final, measure = jax.jit(job.final), jax.jit(job.measure, out_shardings=everywhere)
   with Checkpoints(job.folder / 'checkpoints', config.run.keep, logging.warning) as checkpoints:
     # ---- where were we?
     state, record = checkpoints.latest(job.abstract) or (job.fresh(config), {})
@@ -193,16 +204,28 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   config, dataset = job.config, job.dataset
   params = jax.jit(job.final)(state)
   save_model(job.folder / 'model', config.model, params, {'tokenizer': dataset.tokenizer.fingerprint})
-  write_json(job.folder / 'samples.json', evaluate.samples(config, params, dataset.tokenizer))
+  samples = evaluate.samples(config, params, dataset.tokenizer)
+  if distributed.is_main():
+    write_json(job.folder / 'samples.json', samples)
   floor = dataset.floor(config.eval.sequences)
   return {
     **{k: results[k] for k in ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'ece', 'tokens', 'seconds')},
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,
     'flops': results['tokens'] * job.flops,
+    'hardware_flops': config.train.steps * hardware_flops(job),
     'parameters': parameter_count(config.model),
     'steps': config.train.steps,
+    **energy.bill(results, config.run.price),
   }
+
+
+def hardware_flops(job: Job) -> float:
+  """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
+  data = job.config.data
+  ids = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32)
+  batch = {**dict.fromkeys(('inputs', 'targets', 'segments'), ids), 'mask': ids.update(dtype=jnp.float32)}
+  return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, batch, job.frozen))
 
 
 def cost_of_parents(config: Config, workdir: Path) -> dict[str, float]:

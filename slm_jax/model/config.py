@@ -12,6 +12,17 @@ class ModelConfig:
 
   Legend used in the model and losses: B batch, T time, S source time (keys), V vocabulary, D model width, L layers,
   H query heads, G key/value heads (groups), K head size, F feed-forward width, N tokens (B*T), C a chunk of tokens.
+
+  With mup_base_width the model is in maximal update parametrisation for Adam (muP; arXiv 2203.03466, table 8), in which
+  a learning rate that is best at one width should be best at all. With r = d_model / mup_base_width:
+
+      matrices of the layers              initial deviation / sqrt(r), learning rate / r (slm_jax/optim.py)
+      embeddings, head, norms, biases     as without
+      logits                              / r
+      scores of attention                 q k / K in place of q k / sqrt(K), equal at K = mup_base_head_dim
+
+  At r = 1 nothing changes. H*K and F are to grow in proportion to D, and settings that some families derive from the
+  width (embed_scale, attn_scale) are to stay those of the base.
   """
 
   vocab_size: int = 512
@@ -44,6 +55,8 @@ class ModelConfig:
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations; losses and norms' statistics are float32
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'
   init_std: float = 0.02
+  mup_base_width: int = 0  # d_model of the model whose learning rate is to be right for this one; 0: no muP
+  mup_base_head_dim: int = 0  # its head_dim; 0: this one's, wider models have more heads and not larger ones
   remat: Literal['none', 'full', 'dots'] = setting('none', semantic=False)
   unroll: int = setting(0, semantic=False)  # layers a scan iteration; 0: all of them
 
@@ -62,7 +75,7 @@ class ModelConfig:
       len(self.rope_scaling) in (0, 4),
       f'{key}.rope_scaling={self.rope_scaling}: expected none or (factor, low, high, original positions)',
     )
-    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'init_std'):
+    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'init_std', 'mup_base_width', 'mup_base_head_dim'):
       require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
     for name in ('rope_theta', 'rope_local_theta', 'global_every'):
       require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
@@ -70,7 +83,22 @@ class ModelConfig:
       not self.window or self.global_every > 1,
       f'{key}.window={self.window}: no layer is local with global_every=1; allowed: 2 or more',
     )
+    require(
+      self.mup_base_width > 0 or not self.mup_base_head_dim,
+      f'{key}.mup_base_head_dim={self.mup_base_head_dim}: needs {key}.mup_base_width, which is 0 (no muP)',
+    )
     require(0 <= self.unroll <= self.n_layers, f'{key}.unroll={self.unroll}: must be 0..n_layers={self.n_layers}')
+
+  @property
+  def width_ratio(self) -> float:
+    """Of muP: how many times as wide as its base; 1 without muP."""
+    return self.d_model / self.mup_base_width if self.mup_base_width else 1.0
+
+  @property
+  def query_scale(self) -> float:
+    """What scores are multiplied by: attn_scale or K0^-1/2, times K0 / K; K0 is muP's base head size, K without one."""
+    base = self.mup_base_head_dim or self.head_dim
+    return (self.attn_scale or base**-0.5) * (base / self.head_dim)
 
   @classmethod
   def parse(cls, name: str, key: str) -> 'ModelConfig':

@@ -85,12 +85,18 @@ def shapes(config: ModelConfig) -> Any:
 
 
 def _moments(config: ModelConfig, name: str) -> tuple[float, float]:
-  """Mean and standard deviation at the start: identity norms; init_std, over sqrt(2 L) into the residual (GPT-2)."""
+  """Mean and standard deviation at the start: identity norms; init_std, over sqrt(2 L) into the residual (GPT-2).
+
+  In muP (see ModelConfig) a layer's matrices have it over sqrt(r) too.
+  """
   if name.endswith('bias'):
     return 0.0, 0.0
   if name.endswith('norm'):
     return 1 - config.norm_offset, 0.0
-  return 0.0, config.init_std / math.sqrt(2 * config.n_layers) if name in ('o', 'down') else config.init_std
+  if name in ('tokens', 'positions', 'head'):
+    return 0.0, config.init_std
+  std = config.init_std / math.sqrt(config.width_ratio)
+  return 0.0, std / math.sqrt(2 * config.n_layers) if name in ('o', 'down') else std
 
 
 def _draw(config: ModelConfig, key: jax.Array, tree: dict[str, jax.ShapeDtypeStruct]) -> Params:
@@ -171,7 +177,7 @@ def layer(
   k_BSGK, v_BSGK = k_BTGK, v_BTGK
   if cache is not None:
     k_BSGK, v_BSGK, cache = cache.insert(index, k_BTGK, v_BTGK)
-  z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.attn_scale or c.head_dim**-0.5)
+  z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale)
   a_BTD = linear('o', z_BTHK, 2)
   x_BTD += norm('attn_post_norm', a_BTD) if c.post_norms else a_BTD
 
@@ -267,7 +273,8 @@ class Decoder(nn.Module):
     return _norm(c, self.weights, 'final_norm', x_BTD), cache
 
   def head(self, x: jax.Array) -> jax.Array:
-    """x_...D -> float32 logits_...V, soft-cap included."""
+    """x_...D -> float32 logits_...V, soft-cap included. In muP they are divided by r, which is cheaper done to x."""
+    x = x if self.config.width_ratio == 1 else x / self.config.width_ratio
     table_VD = self.weights['embed']['tokens'] if self.config.tied else self.weights['head'].T
     return ops.unembed(x, table_VD, self.config.softcap)
 

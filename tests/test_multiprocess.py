@@ -1,0 +1,416 @@
+"""One arm on several processes: the same result as on one, whatever happens to which of them."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import many
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from many import STEPS
+
+from slm_jax import distributed, metrics, train
+from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.arms import expand
+from slm_jax.config import ConfigError
+from slm_jax.distributed import Group
+
+TIMES = ('seconds', 'tokens_per_second', 'mfu')
+ARMS = {arm.name: arm for arm in expand(many, 'pair', {})}
+TEACHER, STUDENT = ARMS['teacher'].arm_id, ARMS['student'].arm_id
+
+
+# ------------------------------------------------------------------------------------------------- real processes
+
+
+class Processes:
+  """Workers that train together; their output is in WORKDIR/log.INDEX."""
+
+  def __init__(self, workdir: Path, *options: str, arms=TEACHER, count=2, devices=1, folders=(), **environment: str):
+    with socket.socket() as probe:
+      probe.bind(('', 0))
+      port = probe.getsockname()[1]
+    workdir.mkdir(exist_ok=True)
+    self.logs = [workdir / f'log.{i}' for i in range(count)]
+    # Compiling is most of the time here, and optimising most of compiling.
+    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    self.all = []
+    for i, log in enumerate(self.logs):
+      its = folders[i] if folders else workdir
+      command = [sys.executable, many.__file__, '--sweep=pair', f'--workdir={its}', f'--arm={arms}', *options]
+      with open(log, 'w') as file:
+        process = subprocess.Popen(
+          [*command, f'--distributed=127.0.0.1:{port},{count},{i}'],
+          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, **environment},
+          stdout=file,
+          stderr=file,
+        )
+      self.all.append(process)
+
+  def wait(self, timeout: float = 600) -> list[int]:
+    """The exit codes."""
+    end = time.monotonic() + timeout
+    try:
+      return [process.wait(max(0, end - time.monotonic())) for process in self.all]
+    finally:
+      for process in self.all:
+        process.kill()
+
+  def done(self) -> None:
+    assert self.wait() == [0] * len(self.all), self.output()
+
+  def when_at(self, step: int, workdir: Path) -> None:
+    """Returns once that step is in the log of the teacher."""
+    end = time.monotonic() + 600
+    while time.monotonic() < end and all(process.poll() is None for process in self.all):
+      if any(line['step'] >= step for line in lines(workdir)):
+        return
+      time.sleep(0.01)
+    raise AssertionError(self.output())
+
+  def output(self) -> str:
+    return '\n'.join(log.read_text()[-3000:] for log in self.logs)
+
+
+def arm(workdir: Path, arm_id: str = TEACHER) -> Path:
+  return workdirs.folder(workdir, arm_id)
+
+
+def lines(workdir: Path, arm_id: str = TEACHER) -> list[dict]:
+  return list(metrics.read(arm(workdir, arm_id) / 'metrics.jsonl'))
+
+
+def results(workdir: Path, arm_id: str = TEACHER):
+  """What must be equal bit for bit."""
+  kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines(workdir, arm_id)]
+  return kept, json.loads((arm(workdir, arm_id) / 'model' / 'model.json').read_text())['checksum']
+
+
+def losses(workdir: Path, arm_id: str = TEACHER) -> np.ndarray:
+  return np.array([line['loss'] for line in lines(workdir, arm_id)])
+
+
+def status(workdir: Path) -> str:
+  return json.loads((arm(workdir) / 'run.json').read_text())['status']
+
+
+def seeded(source: Path, target: Path, *more: str) -> Path:
+  """A new workdir with the data and the compiled programs of another one."""
+  for name in ('data', 'cache', *more):
+    shutil.copytree(source / name, target / name)
+  return target
+
+
+def forget(workdir: Path, step: int) -> Path:
+  """Makes an arm that is done one that was killed some time after its checkpoint of `step`."""
+  (arm(workdir) / 'DONE').unlink()
+  shutil.rmtree(arm(workdir) / 'model')
+  for path in (arm(workdir) / 'checkpoints').glob('[0-9]*'):
+    if int(path.name) != step:
+      shutil.rmtree(path)
+  kept = [
+    line for line in (arm(workdir) / 'metrics.jsonl').read_text().splitlines() if json.loads(line)['step'] <= step
+  ]
+  (arm(workdir) / 'metrics.jsonl').write_text('\n'.join([*kept, '']))
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """Both arms, on the eight devices of one process."""
+  workdir = tmp_path_factory.mktemp('alone')
+  for each in ARMS.values():
+    config = dataclasses.replace(each.config, run=dataclasses.replace(each.config.run, keep=STEPS))
+    assert train.run(config, workdir, each.arm_id) == 0
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+  """Both arms, on two processes with a device each."""
+  workdir = tmp_path_factory.mktemp('two')
+  Processes(workdir, arms=f'{TEACHER},{STUDENT}').done()
+  return workdir
+
+
+def test_two_processes_train_as_one_does(alone, two):
+  """Data-parallel: the same tokens in the same order, evaluated on the same, and one set of files."""
+  assert [line['step'] for line in lines(two)] == [line['step'] for line in lines(alone)]
+  assert [line['tokens'] for line in lines(two)] == [line['tokens'] for line in lines(alone)]
+  np.testing.assert_allclose(losses(two), losses(alone), atol=1e-5)
+  run = json.loads((arm(two) / 'run.json').read_text())
+  assert (run['status'], run['processes'], run['devices']) == ('done', 2, 2)
+  assert not (two / 'log.1').read_text().count('starts')  # one of them speaks
+
+
+def test_a_teacher_and_a_parent_of_another_arm(alone, two, tmp_path):
+  """Distilling from, and starting from, the very model that one process trained."""
+  workdir = seeded(two, tmp_path / 'w')
+  for name in ('model', 'run.json', 'DONE'):
+    copy = shutil.copytree if name == 'model' else shutil.copy
+    arm(workdir).mkdir(parents=True, exist_ok=True)
+    copy(arm(alone) / name, arm(workdir) / name)
+  Processes(workdir, arms=STUDENT).done()
+  np.testing.assert_allclose(losses(workdir, STUDENT), losses(alone, STUDENT), atol=1e-5)
+  kl = [[line.get('kl', 0.0) for line in lines(where, STUDENT)] for where in (workdir, alone)]
+  np.testing.assert_allclose(*kl, atol=1e-5)
+  assert json.loads((arm(two, STUDENT) / 'run.json').read_text())['summary']['parent_flops'] > 0
+
+
+@pytest.mark.parametrize('devices,options', [(2, ['--config.run.fsdp=2']), (1, ['--config.run.tensor=2'])])
+def test_a_model_in_parts_on_several_processes(devices, options, alone, two, tmp_path):
+  """fsdp=2 on two processes of two devices; tensor=2 over two processes, which then need the same rows."""
+  shutil.copytree(two / 'data', tmp_path / 'data')
+  Processes(tmp_path, *options, devices=devices).done()
+  np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5)
+
+
+def test_sigterm_to_one_stops_both_at_the_same_step(alone, two, tmp_path):
+  workdir = seeded(two, tmp_path / 'w')
+  processes = Processes(workdir, SABOTAGE='slow 3')
+  processes.when_at(3, workdir)
+  processes.all[1].send_signal(signal.SIGTERM)  # not the one that writes
+  assert processes.wait() == [42, 42], processes.output()
+  assert status(workdir) == 'preempted'
+  assert not (arm(workdir) / 'DONE').exists()
+  shutil.copytree(workdir, tmp_path / 'one')
+  Processes(workdir).done()
+  assert results(workdir) == results(two)
+  assert train.run(ARMS['teacher'].config, tmp_path / 'one', TEACHER) == 0  # the other way on, by one process
+  np.testing.assert_allclose(losses(tmp_path / 'one'), losses(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize('victim', [1, 0])  # process 0 has the service by which the others would know
+def test_when_one_is_killed_the_other_ends_to_be_started_again(victim, alone, two, tmp_path):
+  """From a checkpoint that one process with eight devices wrote."""
+  shutil.copytree(alone, tmp_path / 'w', ignore=shutil.ignore_patterns('cache', STUDENT))
+  workdir = forget(tmp_path / 'w', 15)
+  shutil.copytree(two / 'cache', workdir / 'cache')
+  processes = Processes(workdir, SABOTAGE='slow 18')
+  processes.when_at(18, workdir)
+  processes.all[victim].kill()
+  began = time.monotonic()
+  codes = processes.wait()
+  assert codes[1 - victim] == 42, processes.output()
+  assert time.monotonic() - began < 60
+  if victim == 0:
+    return  # once is enough
+  Processes(workdir).done()
+  np.testing.assert_allclose(losses(workdir), losses(alone), atol=1e-5)
+
+
+def test_a_bug_of_one_process_ends_both(two, tmp_path):
+  processes = Processes(seeded(two, tmp_path / 'w'), SABOTAGE='bug 7')
+  assert processes.wait() == [1, 1], processes.output()
+  assert 'a bug of one process' in processes.logs[1].read_text()
+
+
+def test_nan_ends_both_and_says_so_once(two, tmp_path):
+  processes = Processes(workdir := seeded(two, tmp_path / 'w'), SABOTAGE='nan 12')
+  assert processes.wait() == [1, 1], processes.output()
+  record = json.loads((arm(workdir) / 'run.json').read_text())
+  assert record['status'] == 'nan'
+  assert record['error'].startswith('step 12:')
+  assert max(int(p.name) for p in (arm(workdir) / 'checkpoints').glob('[0-9]*')) == 10
+
+
+def test_what_only_process_0_can_see_is_an_error_of_both(tmp_path):
+  """A lock that someone holds; a folder that is not shared. One line each, and nobody waits."""
+  with workdirs.lock(arm(tmp_path)):
+    processes = Processes(tmp_path)
+    assert processes.wait() == [1, 1], processes.output()
+  for log in processes.logs:
+    assert 'another launch is at work here' in log.read_text()
+    assert 'Traceback' not in log.read_text()
+  processes = Processes(tmp_path / 'logs', folders=[tmp_path / 'a', tmp_path / 'b'])
+  assert processes.wait() == [1, 1], processes.output()
+  for log in processes.logs:
+    assert ': not shared; ' in log.read_text().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------- what they agree on, in threads
+
+
+class Store:
+  """The coordination service's key-value store, in memory."""
+
+  def __init__(self):
+    self._values, self._changed = {}, threading.Condition()
+
+  def key_value_set(self, key, value):
+    with self._changed:
+      if key in self._values:
+        raise RuntimeError(f'ALREADY_EXISTS: {key}')
+      self._values[key] = value
+      self._changed.notify_all()
+
+  def blocking_key_value_get(self, key, timeout_in_ms):
+    with self._changed:
+      if not self._changed.wait_for(lambda: key in self._values, timeout_in_ms / 1000):
+        raise RuntimeError(f'DEADLINE_EXCEEDED: {key}')
+      return self._values[key]
+
+
+class OfThisThread:
+  """Stands for the module's `_group`: each thread is a process."""
+
+  def __init__(self):
+    self.__dict__['local'] = threading.local()
+
+  def __getattr__(self, name):
+    return getattr(self.local.group, name)
+
+  def __setattr__(self, name, value):
+    setattr(self.local.group, name, value)
+
+
+def together(count, function):
+  """What function(index) returns, or the error that it raises, in `count` threads that are processes."""
+  store, groups, ends = Store(), OfThisThread(), [None] * count
+
+  def run(index):
+    groups.local.group = group = Group(store, index, count)
+    threading.Thread(target=lambda: group.agree_to_stop(group.hear('stop')), daemon=True).start()
+    try:
+      ends[index] = function(index)
+    except Exception as error:
+      ends[index] = error
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(distributed, '_group', groups)
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(timeout=30)
+      assert not thread.is_alive(), 'one waits for ever'
+  return ends
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 5), st.data())
+def test_all_stop_at_the_same_check_however_far_each_has_come(count, data):
+  """They may be apart by what a collective allows: here, one check. Any number of them is asked, at any moment."""
+  asked = data.draw(st.dictionaries(st.integers(0, count - 1), st.integers(1, 20), min_size=1))
+  pace = data.draw(st.lists(st.floats(0, 0.002), min_size=count, max_size=count))
+  steps = [threading.Barrier(count) for _ in range(200)]  # a step, which none ends before all have begun it
+
+  def loop(index):
+    for i, step in enumerate(steps, 1):
+      time.sleep(pace[index] * random.random())
+      if distributed.stop_agreed(asked.get(index, math.inf) <= i):
+        return i
+      step.wait(timeout=20)
+    return None
+
+  ends = together(count, loop)
+  assert len(set(ends)) == 1, ends
+  assert ends[0] is not None
+  assert ends[0] > min(asked.values())
+
+
+def test_nobody_stops_unasked():
+  assert together(3, lambda index: [distributed.stop_agreed(False) for _ in range(50)]) == [[False] * 50] * 3
+
+
+def test_what_process_0_finds_is_told_to_all():
+  def process(index):
+    found = distributed.on_main(lambda: {'a': [index, None]})
+    with pytest.raises(ConfigError, match='full'):
+      distributed.on_main(complain, 'full')
+    return found, distributed.on_main(lambda: index), distributed.first_of('x' * index)
+
+  assert together(3, process) == [({'a': [0, None]}, 0, 'x')] * 3
+
+
+def complain(text):
+  raise ConfigError(text)
+
+
+@pytest.mark.parametrize('wrong', [None, 0, 2])
+def test_main_first_then_the_others_and_an_error_of_one_is_an_error_of_all(wrong):
+  order = []
+
+  def make(index):
+    time.sleep(0.05 if index == 0 else 0)
+    order.append(index)
+    return complain(f'disk of {index}') if index == wrong else index
+
+  ends = together(3, lambda index: distributed.main_first(lambda: make(index)))
+  assert order[0] == 0
+  if wrong is None:
+    assert ends == [0, 1, 2]
+  else:
+    assert [str(end) for end in ends] == [f'disk of {wrong}'] * 3
+  assert len(order) == (1 if wrong == 0 else 3)  # what cannot be built is not tried by all
+
+
+def test_failing_together_and_alone(monkeypatch):
+  monkeypatch.setattr(distributed, 'HEARTBEAT', 0.2)
+  assert together(3, lambda index: (distributed.failed_together(), distributed.failed_together())) == [(True, True)] * 3
+  assert together(3, lambda index: index == 1 or distributed.failed_together()) == [False, True, False]
+
+
+# ----------------------------------------------------------------------------------------------- finding each other
+
+
+@pytest.mark.parametrize(
+  'mode,message',
+  [
+    ('here', '--distributed=here: allowed: auto, on, off, ADDRESS:PORT,COUNT,INDEX'),
+    ('10.0.0.2:8476,2', 'expected ADDRESS:PORT,COUNT,INDEX, as in 10.0.0.2:8476,4,0'),
+    ('10.0.0.2,2,0', 'expected ADDRESS:PORT,COUNT,INDEX'),
+    ('10.0.0.2:http,2,0', 'expected ADDRESS:PORT,COUNT,INDEX'),
+    ('10.0.0.2:8476,2,-1', 'expected ADDRESS:PORT,COUNT,INDEX'),
+    ('10.0.0.2:8476,2,2', 'numbered from 0 to 1'),
+    ('on', 'a single process .no cluster is detected.'),
+  ],
+)
+def test_a_wrong_mode_is_one_line(mode, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    distributed.start(mode)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('mode', ['auto', 'off', 'localhost:1,1,0'])
+def test_a_single_process_is_left_alone(mode):
+  distributed.start(mode)
+  assert distributed.is_main()
+  distributed.leave(1)
+
+
+BATCH = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
+STEP = {**BATCH, 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_STEP_NUM_TASKS': '4', 'SLURM_STEP_NUM_NODES': '2'}
+ALL = {'num_processes': 4, 'local_device_ids': []}
+
+
+@pytest.mark.parametrize(
+  'environment,expected',
+  [
+    (BATCH, None),  # a batch script of a job of four tasks, which srun has yet to start
+    ({**STEP, 'SLURM_STEP_NUM_TASKS': '1'}, None),  # srun --pty bash
+    (STEP, {'num_processes': 4}),  # two tasks share a node's GPUs: JAX gives each one
+    ({**STEP, 'CUDA_VISIBLE_DEVICES': '0,1'}, {'num_processes': 4}),
+    ({**STEP, 'CUDA_VISIBLE_DEVICES': '1'}, ALL),  # --gpus-per-task=1: each sees one
+    ({**STEP, 'SLURM_STEP_NUM_NODES': '4', 'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, ALL),  # a node to itself
+    ({**STEP, 'SLURM_STEP_NUM_NODES': '4', 'JAX_LOCAL_DEVICE_IDS': '0,1'}, {'num_processes': 4}),
+  ],
+)
+def test_slurm_counts_what_srun_started(environment, expected, monkeypatch):
+  for name in [name for name in os.environ if name.startswith(('SLURM_', 'CUDA_VISIBLE', 'JAX_LOCAL'))]:
+    monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert distributed.detected('auto') == expected
