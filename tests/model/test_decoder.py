@@ -272,6 +272,8 @@ PERTURBED = {  # field: (its other value, what else must hold for it to matter)
   'dtype': ('bfloat16', {}),
   'param_dtype': ('bfloat16', {}),
   'init_std': (0.5, {}),
+  'mup_base_width': (8, {}),
+  'mup_base_head_dim': (4, {'mup_base_width': 8}),
   'remat': ('full', {}),
   'unroll': (2, {}),
 }
