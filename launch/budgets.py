@@ -63,10 +63,23 @@ def predicting(plan: Plan, options: flags.FlagValues) -> 'tuple[Device, dict[str
   """What costs are predicted for, and how fast arms are there: measured now if that is asked for."""
   from slm_jax.ablate import cost, measure  # with jax
 
-  if options.measure:
+  on = cost.device(options.device, options.devices)
+  if on.here and options.launch == 'local':
+    on = on._replace(part=_part(plan, options))
+  if options.measure and on.measurable:
     missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
     measure.measure_all(missing, plan.everyone, plan.workdir)
-  return cost.device(options.device, options.devices), measure.known(plan.workdir)
+  return on, measure.known(plan.workdir)
+
+
+def _part(plan: Plan, options: flags.FlagValues) -> float:
+  """The part of this machine's chips that a worker of the local pool has."""
+  from launch import local, places  # local needs this module
+
+  its = local.places_of(plan, options)
+  _, devices = places.accelerators()
+  own = len(its[0].devices) / len(devices) if devices else 1.0
+  return own * float(its[0].env.get(chips.SHARE, 1)) if len(its) > 1 else 1.0
 
 
 def within(plan: Plan, options: flags.FlagValues) -> Plan:

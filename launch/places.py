@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slm_jax import chips
 from slm_jax.config import require
 
 PLUGINS = {'cuda': ('jax_cuda12_plugin', 'jax_cuda13_plugin'), 'tpu': ('libtpu',)}  # without one, JAX cannot use them
@@ -74,8 +75,10 @@ def split(n: int, kind: str, devices: Sequence[str], env: Mapping[str, str] = os
   )
   own_devices = [(name,) for name in devices[:n]] if kind == 'tpu' else _deal(devices, n)
   sharing = -(-n // len(devices)) if devices else 1
+  together = sharing if devices else n  # a machine without accelerators is one chip
+  share = {chips.SHARE: repr(1 / together)} if together > 1 else {}  # so that each is charged for its part
   return [
-    Place(tuple(own), {**_pin(kind, i, its, env), **_memory(kind, sharing, env)}, tuple(its), kind)
+    Place(tuple(own), {**_pin(kind, i, its, env), **_memory(kind, sharing, env), **share}, tuple(its), kind)
     for i, (own, its) in enumerate(zip(_deal(cores, n), own_devices, strict=True))
   ]
 

@@ -62,10 +62,10 @@ def run(
         if asked:
           pool.close('stopping: the workers save what they have; once more to kill them')
           pool.signal(signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)
-        elif fail_fast and pool.failed:
+        pool.collect()
+        if fail_fast and pool.failed and not asked:
           pool.close('stopping: an arm failed, and --fail_fast')
           pool.signal(signal.SIGTERM)
-        pool.collect()
         pool.start(admit)
         look()
         time.sleep(PAUSE)

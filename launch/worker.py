@@ -57,8 +57,11 @@ def run_arms(
             say(f'{titles[arm.arm_id]}: {_outcome(workdir, arm, codes[arm.arm_id])}')
         if EXIT_PREEMPTED in codes.values():
           raise KeyboardInterrupt
-        if any(codes.values()) and (fail_fast or not distributed.failed_together()):
-          break
+        if any(codes.values()):
+          if not distributed.failed_together():
+            return EXIT_FAILED
+          if fail_fast:
+            break
       else:
         for arm in waiting:
           say(f'{titles[arm.arm_id]}: blocked, {", ".join(_waits_for(arm, workdir))} is not done')

@@ -15,6 +15,7 @@ from slm_jax.config import ConfigError, require
 
 TABLE = Path(__file__).with_name('chips.toml')
 ON_DEMAND, SPOT = 'on_demand', 'spot'
+SHARE = 'SLM_CHIP_SHARE'  # environment variable by which a pool tells a worker what part of its chips it has
 CORE_WATTS = 15.0  # of a busy core of a server, its share of the package
 
 
@@ -79,9 +80,9 @@ def price(kind: str, terms: str) -> tuple[float | None, str]:
 
 
 def watts(kind: str) -> tuple[float, str]:
-  """`(W of one chip at work, where the number is from)`; on the CPU of all cores that this process may use."""
+  """`(W of one chip at work, where the number is from)`; on the CPU of all cores that its pool has, or it alone."""
   if kind == 'cpu':
-    cores = usable_cores()
+    cores = round(usable_cores() / share())
     return CORE_WATTS * cores, f'{CORE_WATTS:.0f} W for each of {cores} cores'
   chip = of_kind(kind)
   if chip is None:
@@ -92,6 +93,11 @@ def watts(kind: str) -> tuple[float, str]:
 def count(kind: str, devices: int, processes: int) -> int:
   """How many chips that many JAX devices are: on the CPU, devices may be fakes on one machine's cores."""
   return processes if kind == 'cpu' else devices
+
+
+def share() -> float:
+  """The part of the chips that this process has: below 1 where workers share a GPU, or the cores of a machine."""
+  return float(os.environ.get(SHARE, '1'))
 
 
 def usable_cores() -> int:

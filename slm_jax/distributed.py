@@ -45,6 +45,7 @@ class Group:
     self.client, self.index, self.count = client, index, count
     self.turns, self.failures = itertools.count(), itertools.count()  # equal everywhere: all make the same calls
     self.waiting: list[threading.Thread] = []
+    self.alone = False  # this process failed, and the others did not
     self.told: int | None = None  # the code that another process has ended with
     self.lock = threading.Lock()  # of the three below
     self.asked = False  # this process, to stop
@@ -291,11 +292,12 @@ def failed_together() -> bool:
   """
   if _group is None:
     return True
-  try:
-    _group.gather(f'failed/{next(_group.failures)}', True, end=time.monotonic() + 2.0 * HEARTBEAT)
-  except TimeoutError:
-    return False
-  return True
+  if not _group.alone:
+    try:
+      _group.gather(f'failed/{next(_group.failures)}', True, end=time.monotonic() + 2.0 * HEARTBEAT)
+    except TimeoutError:
+      _group.alone = True
+  return not _group.alone
 
 
 # ----------------------------------------------------------------------------------------------------------- ending

@@ -114,7 +114,7 @@ class Usage:
   """
 
   def __init__(self, record: Mapping[str, Any], share: float = 1.0, meter: Meter | None = None):
-    devices = jax.devices()
+    devices, share = jax.devices(), share * chips.share()
     kind = devices[0].device_kind
     self._chips, self._share = chips.count(kind, len(devices), jax.process_count()) * share, share
     self._watts, self._stated = chips.watts(kind)

@@ -40,6 +40,8 @@ class Record:
   def ended(self, error: BaseException) -> int:
     """Notes why the run ends here, a bug with its traceback on stderr; returns the exit code that says so."""
     expected = isinstance(error, Preempted | NotFinite | ConfigError)
+    if not expected:
+      distributed.failed_together()  # where it came of the death of another process, this one goes no further
     statuses: dict[type[BaseException], str] = {Preempted: 'preempted', NotFinite: 'nan'}
     status = statuses.get(type(error), 'failed')
     reason = str(error) if expected else f'{type(error).__name__}: {error}'

@@ -5,8 +5,12 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile('untimed', deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile('untimed')
 
 
 @pytest.fixture(autouse=True)

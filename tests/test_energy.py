@@ -174,6 +174,16 @@ def test_arms_that_train_together_share_the_bill():
   assert sum(r['chip_seconds'] for r in records) == pytest.approx(16)
 
 
+def test_a_worker_of_a_pool_is_charged_for_its_part(monkeypatch):
+  monkeypatch.setenv(chips.SHARE, '0.25')
+  monkeypatch.setattr(chips, 'usable_cores', lambda: 1)  # of four
+  usage = Usage({}, meter=NOTHING)
+  usage.tick(8.0)
+  record = usage.record()
+  assert record['chip_seconds'] == 2
+  assert record['joules_estimated'] == 8 * chips.CORE_WATTS
+
+
 def test_counters_are_read_before_they_can_wrap_twice():
   true = [0.0]
   usage = Usage({}, meter=Meter([Counter(lambda: true[0] % WRAPS, WRAPS)], 'fake'))

@@ -26,13 +26,19 @@ UTILISATION = 0.35  # of the matrix-product peak, typical of small models; for w
 
 
 class Device(NamedTuple):
-  """What one arm will run on."""
+  """What arms will run on."""
 
   kind: str  # as JAX calls it
   chips: int
   peak: float  # FLOP/s of all of them
   source: str  # of the peak
   here: bool
+  part: float = 1.0  # of these chips that one arm has, where several workers train side by side
+
+  @property
+  def measurable(self) -> bool:
+    """Whether a pace of this machine says how fast an arm is. On part of the cores, it takes that much longer."""
+    return self.here and (self.part == 1 or self.kind == 'cpu')
 
 
 class Cost(NamedTuple):
@@ -78,7 +84,7 @@ def predict(
   paces: `{shape key: Pace}` of this machine; they say nothing about another. hardware: whether to trace steps for their
   hardware FLOPs, half a second for each static shape.
   """
-  paces = (paces or {}) if on.here else {}
+  paces = (paces or {}) if on.measurable else {}
   executed: dict[str, float] = {}
   compiled = {(key, pace.steps) for key, pace in paces.items()}
   costs = {}
@@ -89,9 +95,10 @@ def predict(
     if hardware and key not in executed:
       executed[key] = _hardware_flops(arm, arms)
     pace = paces.get(key)
-    seconds = pace.seconds(config, (key, steps) in compiled) if pace else flops / (UTILISATION * on.peak)
+    whole = pace.seconds(config, (key, steps) in compiled) if pace else flops / (UTILISATION * on.peak)
+    seconds = whole / on.part
     compiled.add((key, steps))
-    hours = seconds * on.chips / 3600
+    chip_seconds = seconds * on.part * on.chips
     price, _ = chips.price(on.kind, config.run.price)
     costs[arm.arm_id] = Cost(
       parameters=parameter_count(config.model),
@@ -100,9 +107,9 @@ def predict(
       hardware_flops=executed[key] * steps if hardware else None,
       seconds=seconds,
       measured=pace is not None,
-      chip_hours=hours,
-      dollars=None if price is None else hours * price,
-      joules=seconds * on.chips * chips.watts(on.kind)[0],
+      chip_hours=chip_seconds / 3600,
+      dollars=None if price is None else chip_seconds / 3600 * price,
+      joules=chip_seconds * chips.watts(on.kind)[0],
     )
   return costs
 
@@ -121,4 +128,4 @@ def basis(on: Device, costs: Sequence[Cost]) -> str:
     return how
   if measured:
     return f'{how}, for {measured} arms; for the others an estimate, {guess}'
-  return f'estimate, {guess}' + ('; --measure takes a few steps instead' if on.here else '')
+  return f'estimate, {guess}' + ('; --measure takes a few steps instead' if on.measurable else '')

@@ -165,7 +165,7 @@ class Probe(NamedTuple):
 
 
 def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> Probe:
-  """The loop from the middle of the run on, where what a schedule does from time to time is done."""
+  """The loop from the middle of the run on. What is done now and then only (a mask refresh) is not in the median."""
   config = dataclasses.replace(arm.config, init=InitConfig())
   job, start = stand_in(config, everyone, folder), max(config.train.steps // 2, steps)
   sequences = min(config.eval.sequences or 256, VALID_BATCHES * config.data.batch_size)
@@ -188,17 +188,11 @@ def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> P
   return Probe(
     seconds=summary['seconds'],
     steps=steps,
-    step=typical([b - a for a, b in zip(ends[1:], ends[2:], strict=False)]),  # the first one compiles
+    step=statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)),  # the first one compiles
     evaluation=evaluated - ends[-1],
     eval_batches=-(-sequences // config.data.batch_size),
     save=summary['seconds'] - evaluated,
   )
-
-
-def typical(seconds: list[float]) -> float:
-  """The mean without outliers (more than three times the median): the host's hiccups go, a mask refresh stays."""
-  middle = statistics.median(seconds)
-  return statistics.fmean(s for s in seconds if s <= 3 * middle)
 
 
 # ------------------------------------------------------------------------------------------------------- stand-ins

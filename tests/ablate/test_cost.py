@@ -75,6 +75,24 @@ def test_here_the_first_arm_of_a_program_pays_for_compiling_it():
   assert 'for 4 arms; for the others an estimate, 35%' in words
 
 
+def test_on_part_of_the_cores_an_arm_takes_longer_and_costs_the_same():
+  ids, arms = sweep({'name': 'a', 'run.price': '3'})
+  (arm,) = arms.values()
+  paces = {measure.shape_key(arm, arms): Pace(1.0, 1.0, 0.1, 0.0, 0.0, 1)}
+  on = cost.device()
+  (alone,), (shared,) = (cost.predict(arms, on._replace(part=part), paces).values() for part in (1.0, 0.5))
+  assert shared.seconds == pytest.approx(2 * alone.seconds)
+  for field in ('chip_hours', 'dollars', 'joules', 'measured'):
+    assert getattr(shared, field) == pytest.approx(getattr(alone, field))
+  gpus = cost.Device('NVIDIA H200', 8, 8e15, 'here', here=True)
+  assert cost.predict(arms, gpus, paces)[arm.arm_id].measured
+  # What all eight do together says nothing of one.
+  one = cost.predict(arms, gpus._replace(part=1 / 8), paces)[arm.arm_id]
+  assert not one.measured
+  assert one.seconds == pytest.approx(one.flops / (1e15 * cost.UTILISATION))
+  assert one.chip_hours == pytest.approx(one.seconds / 3600)
+
+
 def test_hardware_flops_are_those_of_the_traced_step():
   recomputed = {'name': 'remat', 'model.remat': 'full', 'seed': 1}  # remat is no part of an arm's identity
   ids, arms = sweep({'name': 'plain'}, recomputed, {'name': 'long', 'train.steps': 2000})

@@ -73,9 +73,9 @@ def test_a_mixture_has_the_shares_asked_for_and_goes_through_each_part(weights):
 def test_an_order_has_no_end():
   for weights in ((), (1.0, 3.0)):
     order = batches.order([sequences(7), sequences(5, 1)], weights, 0)
-    start = time.perf_counter()
+    start = time.process_time()
     far = [order[10**12 + i] for i in range(10)]
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert all(np.array_equal(a, order[10**12 + i]) for i, a in enumerate(far))
 
 

@@ -269,9 +269,9 @@ def test_the_content_hash_sees_content_and_not_paths(tmp_path):
 
 @needs_data
 def test_the_content_hash_of_50_megabytes_is_quick():
-  start = time.perf_counter()
+  start = time.process_time()
   sources.fingerprint(DataConfig(sources=(str(DATA / 'books'),)))
-  assert time.perf_counter() - start < 1
+  assert time.process_time() - start < 1
 
 
 # ------------------------------------------------------------------------------------------------------------- embedded

@@ -170,6 +170,15 @@ def test_predictions_say_what_they_rest_on(start, tmp_path, monkeypatch):
   assert 'measured on this machine' not in out
 
 
+def test_a_pool_on_the_cores_of_one_machine_is_no_cheaper(start, monkeypatch):
+  pace = Pace(compiling=1000.0, starting=1000.0, step=1.0, eval_batch=0.0, save=0.0, steps=1000)
+  monkeypatch.setattr(measure, 'measure', lambda *args: pace)
+  for workers, seconds in (('1', '2000'), ('2', '4000')):
+    _, out, _ = start('--dry_run', '--measure', f'--local_workers={workers}')
+    assert all(seconds in line.split() for line in out.split('\n') if line.startswith('missing'))
+    assert '2.22 chip-hours' in out
+
+
 def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, tmp_path, monkeypatch):
   asked = []
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import places
+from slm_jax import chips
 from slm_jax.config import ConfigError
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -86,11 +87,15 @@ def test_equal_shares_and_nothing_twice_where_there_is_enough(n, gpus):
           assert 0 < sum(its) <= 0.91
   for place in found:
     assert place.env.get('CUDA_VISIBLE_DEVICES', '') == ','.join(place.devices)
+  # All are charged for no more than the chips that there are.
+  charged = sum(max(len(place.devices), 1) * float(place.env.get(chips.SHARE, 1)) for place in found)
+  assert charged <= max(gpus, 1) + 1e-9
 
 
 def test_what_the_user_said_of_gpu_memory_stays():
   for name in ('XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_PREALLOCATE'):
-    assert all(place.env == {'CUDA_VISIBLE_DEVICES': '0'} for place in places.split(3, 'cuda', ['0'], {name: 'x'}))
+    for place in places.split(3, 'cuda', ['0'], {name: 'x'}):
+      assert place.env.keys() == {'CUDA_VISIBLE_DEVICES', chips.SHARE}
 
 
 def test_a_chip_for_each_process():

@@ -145,6 +145,7 @@ def test_a_worker_that_is_killed_after_its_last_write_is_not_started_again(start
   assert code == 0
   assert names(tmp_path).count('d') == 1
   assert said(lines, 'd', ': done')
+  assert not any('starts again' in line for line in lines)
 
 
 def test_of_a_bundle_what_is_not_blocked_runs(start, tmp_path):
