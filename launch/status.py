@@ -32,7 +32,7 @@ FRESH = 600.0  # seconds after its last sign of life during which an arm on anot
 QUIET = 120.0  # seconds without a sign of life, of an arm that runs here, that are worth a word
 STATES = ('running', 'stalled', 'failed', 'preempted', 'blocked', 'missing', 'done')  # what matters most comes first
 TAIL = 1 << 16  # bytes of a log that are read
-PAUSE = 2.0  # seconds between two looks of --watch
+PAUSE, LONGEST = 2.0, 60.0  # seconds between two drawings
 
 
 class Status(NamedTuple):
@@ -253,7 +253,7 @@ class Live:
     found = [s for s in read(self._workdir) if not self._chosen or s.arm_id in self._chosen]
     self._screen.draw(show(found, shutil.get_terminal_size().lines - 1))  # the cursor is below it
     now = time.monotonic()
-    self._next = now + max(PAUSE, 9 * (now - began))
+    self._next = now + min(max(PAUSE, 9 * (now - began)), LONGEST)
     return found
 
 

@@ -46,7 +46,7 @@ class Group:
     self.turns, self.failures = itertools.count(), itertools.count()  # equal everywhere: all make the same calls
     self.waiting: list[threading.Thread] = []
     self.alone = False  # this process failed, and the others did not
-    self.told: int | None = None  # the code that another process has ended with
+    self.told: int | None = None  # the code that a process has ended with
     self.lock = threading.Lock()  # of the three below
     self.asked = False  # this process, to stop
     self.checks = 0  # calls of `stop_agreed`
@@ -321,6 +321,7 @@ def leave(code: int) -> None:
     traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
+  _group.told = code
   try:
     _group.say_first('end', code)
     _group.say_first(f'heard/{_group.index}', True)
@@ -328,6 +329,7 @@ def leave(code: int) -> None:
       end = time.monotonic() + GRACE
       for i in range(_group.count):
         _group.hear(f'heard/{i}', end)
+      time.sleep(1.0)  # those that are about to leave do so without a fuss about the service
   finally:
     os._exit(code)
 

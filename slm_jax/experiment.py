@@ -103,7 +103,7 @@ class Config:
     )
     require(
       not self.model.mup_base_width or self.optim.name == 'adamw',
-      f'{key}.optim.name={self.optim.name}: muP (model.mup_base_width={self.model.mup_base_width}) needs adamw',
+      f'{key}.optim.name={self.optim.name}: has no muP (model.mup_base_width={self.model.mup_base_width}); use adamw',
     )
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')

@@ -68,7 +68,7 @@ def sabotage(kind: str, step: int) -> None:
 if __name__ == '__main__':
   from launch import cli
 
-  distributed.HEARTBEAT, distributed.GRACE, distributed.SHARED = 10, 4.0, 3.0
+  distributed.HEARTBEAT, distributed.GRACE, distributed.SHARED = 8, 4.0, 3.0
   if 'SABOTAGE' in os.environ:
     kind, step = os.environ['SABOTAGE'].split()
     sabotage(kind, int(step))

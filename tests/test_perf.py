@@ -41,7 +41,7 @@ def step_flops(**changes):
   """(of the traced step, model FLOPs of the step), with a teacher of the name 'teacher' to be had."""
   model = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64, max_len=64)
   base = Config(model=model)
-  data = dataclasses.replace(base.data, seq_len=32, batch_size=4)
+  data = dataclasses.replace(base.data, seq_len=32, batch_size=4, tokenizer='sentencepiece')
   config = dataclasses.replace(base, data=data, **changes)
   teacher = {'teacher': type('Arm', (), {'config': base})}
   job = measure.stand_in(config, teacher, None, allocate=False)

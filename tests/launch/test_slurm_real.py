@@ -136,7 +136,7 @@ def cluster(tmp_path_factory):
     pytest.skip(f'Slurm cannot be installed: {done.stderr.strip().splitlines()[-1:]}')
   state = tempfile.mkdtemp(prefix='slurm-', dir='/tmp')  # short: the path of a socket
   try:
-    subprocess.run([SETUP, 'start', state], check=True, timeout=60)
+    subprocess.run([SETUP, 'start', state, str(os.getpid())], check=True, timeout=60)
     yield Cluster(Path(state), tmp_path_factory.mktemp('launches'))
   finally:
     subprocess.run([SETUP, 'stop', state], check=False, timeout=60)

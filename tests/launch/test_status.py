@@ -318,33 +318,53 @@ def test_a_newer_version_is_one_line(store, where, capsys):
   assert error.count('\n') == 1
 
 
-def test_watch_on_a_terminal_redraws_until_all_has_ended(store):
-  path, folders = store
-  for name in ('teacher', 'child', 'grandchild'):
-    write(folders[name], 'failed', error='so it is')
+WATCH = """
+import signal, sys
+from launch import status
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
+sys.exit(status.main([sys.argv[1], '--watch']))
+"""
+
+
+@pytest.fixture
+def watch(store):
+  """`(the process, the terminal that it draws on)`."""
   main, side = os.openpty()
-  command = [sys.executable, '-m', 'launch.status', str(path), '--watch']
-  process = subprocess.Popen(command, stdout=side, stderr=side, env={**os.environ, 'PYTHONPATH': str(REPO)})
+  command, env = [sys.executable, '-c', WATCH, str(store[0])], {**os.environ, 'PYTHONPATH': str(REPO)}
+  process = subprocess.Popen(command, stdout=side, stderr=subprocess.PIPE, env=env)
   os.close(side)
+  yield process, main
+  process.kill()
+  process.wait()
+  os.close(main)
+
+
+def test_watch_redraws_until_all_has_ended(store, watch):
+  (_, folders), (process, main) = store, watch
   text = ''
-  while 'missing' not in text:
+  while '2 blocked, 2 missing' not in text:
     text += os.read(main, 4096).decode()
   assert process.poll() is None
-  write(folders['alone'], 'done', summary=summary(1.5))
+  for name, folder in folders.items():
+    write(folder, 'done' if name == 'alone' else 'failed', summary=summary(1.5))
   (folders['alone'] / 'DONE').touch()
   while '3 failed, 1 done' not in text:
     text += os.read(main, 4096).decode()
-  assert process.wait(timeout=20) == 0
-  os.close(main)
+  assert process.wait(timeout=60) == 0
 
 
-def test_watch_ends_by_ctrl_c(store):
-  main, side = os.openpty()
-  command = [sys.executable, '-m', 'launch.status', str(store[0]), '--watch']
-  process = subprocess.Popen(command, stdout=side, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(REPO)})
-  os.close(side)
+def test_watch_ends_by_ctrl_c(watch):
+  process, main = watch
   assert os.read(main, 4096)
   process.send_signal(signal.SIGINT)
-  _, error = process.communicate(timeout=20)
+  _, error = process.communicate(timeout=60)
   assert (process.returncode, error) == (0, b'')
-  os.close(main)
+
+
+def test_a_slow_look_does_not_put_off_the_next_for_long(store, monkeypatch):
+  """A machine that slept while the files were read."""
+  clock = iter([0.0, 3000.0, 3000.0 + status.LONGEST, 9999.0])
+  monkeypatch.setattr(status.time, 'monotonic', lambda: next(clock))
+  live = status.Live(status.Screen(io.StringIO()), store[0])
+  assert len(live.look()) == 4
+  assert len(live.look()) == 4

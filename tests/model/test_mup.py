@@ -147,7 +147,7 @@ def test_any_mesh_gives_the_losses_of_one_device():
 @pytest.mark.parametrize(
   'change,message',
   [
-    ({'optim': OptimConfig(name='muon')}, r'optim.name=muon: has no muP \(model.mup_base_width=64\); allowed: adamw'),
+    ({'optim': OptimConfig(name='muon')}, r'optim.name=muon: has no muP \(model.mup_base_width=64\); use adamw'),
     ({'optim': OptimConfig(name='adafactor')}, 'optim.name=adafactor: has no muP'),
     ({'model': ModelConfig(mup_base_width=-1)}, 'model.mup_base_width=-1: must not be negative'),
     ({'model': ModelConfig(mup_base_head_dim=16)}, 'model.mup_base_head_dim=16: needs .*mup_base_width, which is 0'),

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A Slurm cluster of two nodes on this host, for tests. Needs no systemd, no cgroups and no database; runs in a container.
 #
-#   setup.sh install        installs slurm-wlm and munge (Debian, root); nothing is started and no service is changed
-#   setup.sh start FOLDER   starts munged, slurmctld and two slurmd, all of whose files are in FOLDER (a short path)
-#   setup.sh stop FOLDER    cancels what runs and ends the daemons
+#   setup.sh install              installs slurm-wlm and munge (Debian, root); nothing is started and no service is changed
+#   setup.sh start FOLDER [PID]   starts munged, slurmctld and two slurmd, all of whose files are in FOLDER (a short
+#                                 path); they end when process PID does, however it ends
+#   setup.sh stop FOLDER          cancels what runs and ends the daemons
 #
 # After start: export SLURM_CONF=FOLDER/slurm.conf, and sbatch, srun, squeue and scancel work.
 set -euo pipefail
@@ -82,6 +83,9 @@ CONF
   slurmctld
   slurmd -N 127.1
   slurmd -N 127.2
+  if [[ ${2:-} ]]; then
+    setsid bash -c 'while kill -0 "$1"; do sleep 1; done; [[ -e $3/slurm.conf ]] && exec "$2" stop "$3"' - "$2" "$0" "$folder" &>/dev/null </dev/null &
+  fi
   for _ in {1..100}; do
     [[ $(sinfo --noheader --format=%T --Node 2>/dev/null | sort -u) == idle ]] && return
     sleep 0.1
@@ -101,7 +105,7 @@ stop() {
     sleep 0.1
   done
   for file in "$folder"/{127.1,127.2,slurmctld,munge}.pid; do
-    pid=$(cat "$file" 2>/dev/null) && kill "$pid" || continue
+    pid=$(cat "$file" 2>/dev/null) && kill "$pid" 2>/dev/null || continue
     for _ in {1..50}; do
       kill -0 "$pid" 2>/dev/null || break
       sleep 0.1
@@ -109,4 +113,4 @@ stop() {
   done
 }
 
-"${1:?usage: setup.sh install | start FOLDER | stop FOLDER}" "${@:2}"
+"${1:?usage: setup.sh install | start FOLDER [PID] | stop FOLDER}" "${@:2}"
