@@ -59,7 +59,10 @@ echo "$(date --iso-8601=seconds) $(hostname), job $task, restart ${{SLURM_RESTAR
 code=$?
 echo "$(date --iso-8601=seconds) the worker ended with $code"
 if ((code == 42 || code > 127)); then # preempted or killed; 0 is done, all else would end like that again
-  until state=$(squeue --noheader --array --jobs="$task" --format='%T %r'); do sleep 5; done
+  for _ in {{1..720}}; do # the controller may be down for a while
+    state=$(squeue --noheader --array --jobs="$task" --format='%T %r') && break
+    sleep 5
+  done
   # Another state: it was cancelled, and scontrol would bring it back; or Slurm itself is queueing it again.
   if [[ $state == 'RUNNING '* || $state == *' TimeLimit' ]]; then
     if ((${{SLURM_RESTART_COUNT:-0}} >= {restarts})); then
