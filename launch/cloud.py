@@ -9,7 +9,6 @@ of, so the share must have them: NFS has (a Filestore instance, say); a bucket m
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ import slm_jax
 from launch.plan import Plan, Unit
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import require
+from slm_jax.files import read_object
 
 PATIENCE = 90  # seconds until a file that another machine wrote to a network share must be seen here
 
@@ -211,10 +211,6 @@ def why(plan: Plan, unit: Unit) -> str:
   said = []
   for arm_id in unit.arms:
     if not workdirs.is_done(plan.workdir, arm_id):
-      try:
-        path = workdirs.folder(plan.workdir, arm_id) / 'run.json'
-        run = json.loads(path.read_text(encoding='utf-8'))
-        said.append(f'{arm_id}: {run.get("status", "?")}' + (f' ({run["error"]})' if run.get('error') else ''))
-      except (OSError, ValueError):
-        said.append(f'{arm_id}: never started')
+      run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
+      said.append(f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if 'error' in run else ''))
   return ', '.join(said) or 'all its arms are done'

@@ -9,7 +9,6 @@ Workers share nothing with the pool but the result store: any of them, and the p
 
 import contextlib
 import datetime
-import json
 import os
 import shlex
 import signal
@@ -23,9 +22,10 @@ from typing import Any, NamedTuple
 from launch import leash, status
 from launch.places import Place
 from launch.plan import Plan, Unit
-from launch.worker import _outcome
+from launch.worker import outcome
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
+from slm_jax.files import read_object
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
 PAUSE = 0.1  # seconds between two looks at the workers
@@ -156,14 +156,14 @@ class Pool:
     self._ended.add(unit.name)
     for arm in (self._arms[arm_id] for arm_id in unit.arms):
       if self._is_done(arm.arm_id):
-        words = _outcome(self._plan.workdir, arm, EXIT_DONE)
+        words = outcome(self._plan.workdir, arm, EXIT_DONE)
       elif blockers := self._blockers(arm):
         words = f'blocked, {", ".join(blockers)} is not done'
       else:
         self.failed = True
         log = self._log_file(unit)
         words = f'failed ({reason or worker and why(self._plan.workdir, arm, worker.began, log)}); see {log}'
-      self._say(f'[{self._numbers[unit.name]}] {_arm_title(arm)}: {words}')
+      self._say(f'[{self._numbers[unit.name]}] {arm.title}: {words}')
 
   def close(self, reason: str) -> None:
     """Nothing is started from now on."""
@@ -191,7 +191,7 @@ class Pool:
     return [parent for parent in dict.fromkeys(arm.parents.values()) if not self._is_done(parent)]
 
   def _title(self, unit: Unit) -> str:
-    one = _arm_title(self._arms[unit.arms[0]])
+    one = self._arms[unit.arms[0]].title
     return f'[{self._numbers[unit.name]}] {one if len(unit.arms) == 1 else f"{unit.name} ({len(unit.arms)} arms)"}'
 
   def _log_file(self, unit: Unit) -> Path:
@@ -208,10 +208,9 @@ class Pool:
 def why(workdir: Path, arm: Arm, began: float, log: Path) -> str:
   """Why an arm failed: what run.json says, if this worker wrote it, else the last thing that the log has."""
   path = workdirs.folder(workdir, arm.arm_id) / 'run.json'
-  with contextlib.suppress(OSError, ValueError, AttributeError):
-    error = json.loads(path.read_text(encoding='utf-8')).get('error')
-    if error and path.stat().st_mtime >= began:
-      return ' '.join(str(error).split())
+  error = read_object(path).get('error')
+  if error and path.stat().st_mtime >= began:
+    return ' '.join(str(error).split())
   for line in map(str.strip, reversed(status.tail(log))):
     if '] started on ' in line:
       break
@@ -234,10 +233,6 @@ def asked_to_stop() -> Iterator[list[int]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def _arm_title(arm: Arm) -> str:
-  return f'{arm.name}, seed {arm.config.seed} ({arm.arm_id})'
 
 
 def _shown(code: int) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import traceback
@@ -15,6 +14,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
 from slm_jax.config import ConfigError
+from slm_jax.files import read_object
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run_arms(
   An arm that fails (a NaN, a bug) stops only the arms that build on it. train: `slm_jax.train.run` unless given.
   admit: says why an arm may not be started, '' if it may; after the first that may not, none is.
   """
-  titles = {arm.arm_id: f'[{i}/{len(arms)}] {_title(arm)}' for i, arm in enumerate(arms, 1)}
+  titles = {arm.arm_id: f'[{i}/{len(arms)}] {arm.title}' for i, arm in enumerate(arms, 1)}
   waiting = [arm for arm in arms if not _is_done(arm.arm_id, workdir)]
   say = say if distributed.is_main() else lambda line: None
   try:
@@ -54,7 +54,7 @@ def run_arms(
         codes = _run_group(group, workdir, train)
         for arm in group:
           if codes[arm.arm_id] != EXIT_PREEMPTED:
-            say(f'{titles[arm.arm_id]}: {_outcome(workdir, arm, codes[arm.arm_id])}')
+            say(f'{titles[arm.arm_id]}: {outcome(workdir, arm, codes[arm.arm_id])}')
         if EXIT_PREEMPTED in codes.values():
           raise KeyboardInterrupt
         if any(codes.values()):
@@ -69,10 +69,6 @@ def run_arms(
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
   return EXIT_DONE if all(_is_done(arm.arm_id, workdir) for arm in arms) else EXIT_FAILED
-
-
-def _title(arm: Arm) -> str:
-  return f'{arm.name}, seed {arm.config.seed} ({arm.arm_id})'
 
 
 def _is_done(arm_id: str, workdir: Path) -> bool:
@@ -138,6 +134,8 @@ def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict
       except ConfigError as error:
         print(f'error: {error}', file=sys.stderr)
     for members in groups(mine):  # of what is left of the group
+      if EXIT_PREEMPTED in codes.values():
+        break
       try:
         if members[1:]:
           codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir)
@@ -162,11 +160,9 @@ def _default_train() -> Train:
   return run
 
 
-def _outcome(workdir: Path, arm: Arm, code: int) -> str:
-  try:
-    run = json.loads((workdirs.folder(workdir, arm.arm_id) / 'run.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    run = {}
+def outcome(workdir: Path, arm: Arm, code: int) -> str:
+  """What became of an arm that ended with `code`, in words."""
+  run = read_object(workdirs.folder(workdir, arm.arm_id) / 'run.json')
   if code != EXIT_DONE:
     return (
       f'{"stopped at a NaN" if run.get("status") == "nan" else "failed"} ({run.get("error") or f"exit code {code}"})'

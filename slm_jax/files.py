@@ -46,3 +46,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + '\n')
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """The object in a JSON file; empty if there is none or it is damaged: one bad file must not hide the others."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}

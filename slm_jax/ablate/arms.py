@@ -48,6 +48,11 @@ class Arm(NamedTuple):
   group: str  # the id without seeds, the parents' seeds included: what repetitions have in common
   aliases: tuple[str, ...] = ()  # names of further arms of the sweep that turned out to be this one
 
+  @property
+  def title(self) -> str:
+    """For a line of what happens."""
+    return f'{self.name}, seed {self.config.seed} ({self.arm_id})'
+
 
 def expand(
   module: ModuleType,

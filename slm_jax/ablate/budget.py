@@ -10,7 +10,6 @@ store alone (run.json, metrics.jsonl), so every worker on every engine sees the 
 """
 
 import collections
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.table import short
 from slm_jax.config import ConfigError
+from slm_jax.files import read_object
 
 
 class Amount(NamedTuple):
@@ -119,7 +119,7 @@ def require_price(arms: Sequence[Arm], kind: str) -> None:
 def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> Amount:
   """What an arm has used so far: by its summary if it is done, else by the last line of its log."""
   folder = workdirs.folder(workdir, arm.arm_id)
-  run = _json(folder / 'run.json')
+  run = read_object(folder / 'run.json')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
   hours, flops, dollars = (used.get('seconds') or 0.0) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
@@ -155,11 +155,3 @@ def admission(
     return ''
 
   return admit
-
-
-def _json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ from absl import logging
 from slm_jax import metrics
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, flatten, require
-from slm_jax.files import write_text
+from slm_jax.files import read_object, write_text
 
 if TYPE_CHECKING:
   import pandas
@@ -73,7 +73,7 @@ def read(workdir: Path) -> list[Row]:
 
 def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
   folder = workdirs.folder(workdir, arm_id)
-  config, run = flatten(_json(folder / 'config.json')), _json(folder / 'run.json')
+  config, run = flatten(read_object(folder / 'config.json')), read_object(folder / 'run.json')
   written, path = run.get('format', 1), folder / 'run.json'
   require(
     isinstance(written, int) and written <= metrics.FORMAT,
@@ -92,15 +92,6 @@ def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
     diff=entry.get('diff', {}),
     command=entry.get('command', ''),
   )
-
-
-def _json(path: Path) -> dict[str, Any]:
-  """The object in a file; empty if there is none or it is damaged: one bad file must not hide the other arms."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -10,7 +10,6 @@ same order asks for the same trials, so what was done before is found in the res
 A search has looked at its seeds; what it finds is to be compared with anything else on other ones.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import wants_base
 from slm_jax.ablate.sweep import Changes
 from slm_jax.config import ConfigError, require
+from slm_jax.files import read_object
 
 if TYPE_CHECKING:
   from slm_jax.experiment import Config
@@ -57,11 +57,7 @@ def _changes(function: Any, trial: Any, base: 'Config') -> Changes:
 
 def outcome(workdir: Path, arm_id: str) -> float | None:
   """The final loss of an arm that is done, infinity if it diverged; None if it is to be run (again)."""
-  folder = workdirs.folder(workdir, arm_id)
-  try:
-    run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return None
+  run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
   if workdirs.is_done(workdir, arm_id):
     return float(run['summary']['loss'])
   return math.inf if run.get('status') == 'nan' else None

@@ -1,6 +1,5 @@
 """Why two arms are not one; and whether an arm that is done was made by the code that is here now."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, shown
 from slm_jax.config import ConfigError, flatten, require, to_dict
+from slm_jax.files import read_object
 from slm_jax.revision import source
 
 
@@ -61,7 +61,7 @@ def _known(arms: Iterable[Arm], workdir: Path) -> dict[str, Known]:
     left_out |= flatten(arm.config).keys() - settings.keys()
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     if path.parent.name not in known:
-      settings = flatten(_json(path))
+      settings = flatten(read_object(path))
       title = f'{settings.get("name") or "no name"}, seed {settings.get("seed")}, of an earlier launch'
       known[path.parent.name] = Known(title, {k: v for k, v in settings.items() if k not in left_out})
   return known
@@ -82,7 +82,7 @@ def drift(arms: Iterable[Arm], workdir: Path) -> str:
   now = source() if done else {}
   others, changed = 0, set()
   for arm_id in done:
-    then = _json(workdirs.folder(workdir, arm_id) / 'run.json').get('source')
+    then = read_object(workdirs.folder(workdir, arm_id) / 'run.json').get('source')
     if isinstance(then, dict) and then != now:  # a record without it is of an unknown code: nothing can be said
       others += 1
       changed |= {name for name in {**then, **now} if then.get(name) != now.get(name)}
@@ -92,11 +92,3 @@ def drift(arms: Iterable[Arm], workdir: Path) -> str:
     f'{others} of {len(done)} finished arms were made by other code (since then {", ".join(sorted(changed))} changed);'
     ' another --workdir would run them anew'
   )
-
-
-def _json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
