@@ -1,6 +1,7 @@
 """Where the workers of a pool run: each on its share of this machine's cores, and of its GPUs or TPU chips."""
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -106,7 +107,7 @@ def _memory(kind: str, sharing: int, env: Mapping[str, str]) -> dict[str, str]:
   said = {'XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_PREALLOCATE'} & env.keys()
   if kind != 'cuda' or sharing == 1 or said:
     return {}
-  return {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{GPU_MEMORY / sharing:.3f}'}
+  return {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{math.floor(1000 * GPU_MEMORY / sharing) / 1000:.3f}'}
 
 
 def _numbered(name: str, numbers: Sequence[Any]) -> str:

@@ -1,6 +1,7 @@
 """All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error."""
 
 import os
+import signal
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -8,6 +9,8 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_p
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
 
 hypothesis.settings.register_profile('untimed', deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile('untimed')
