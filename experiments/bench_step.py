@@ -13,13 +13,14 @@ reported is each one's fastest step, and the ratio of those. No step of one over
 import json
 import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+
+from experiments.turns import Contestant, closing, serve, take_turns
 
 CASES = {
   # the settings of nanoGPT's examples for Shakespeare on a CPU and on a GPU
@@ -111,15 +112,17 @@ def work(spec: str) -> None:
     step, facts = jax_step(CASES[case], dtype)
   for _ in range(3):
     step()
-  print(json.dumps(facts), flush=True)
-  for line in sys.stdin:
-    times, end = [], time.perf_counter() + float(line)
+
+  def turn(seconds: float) -> dict[str, Any]:
+    times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
       start = time.perf_counter()
       step()
       times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    print(json.dumps({'times': times, 'peak_bytes': peak}), flush=True)
+    return {'times': times, 'peak_bytes': peak}
+
+  serve(facts, turn)
 
 
 # ----------------------------------------------------------------------------------------------------- the comparison
@@ -128,24 +131,11 @@ def work(spec: str) -> None:
 def compare(specs: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
   """Figures of each contestant; they run in turns."""
   command = [sys.executable, '-m', 'experiments.bench_step', '--worker']
-  started: list[Any] = []
-  facts = []
-  try:
+  with closing([]) as contestants:
     for spec in specs:  # one after another: each compiles, and measures the machine, alone
-      started.append(subprocess.Popen([*command, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-      facts.append(json.loads(started[-1].stdout.readline() or 'null'))
-      if facts[-1] is None:
-        raise RuntimeError(f'{spec} did not start; what it printed is above')
-    turns: list[list[dict[str, Any]]] = [[] for _ in specs]
-    for i in range(rounds):
-      for n in range(len(specs)) if i % 2 == 0 else reversed(range(len(specs))):
-        started[n].stdin.write(f'{seconds}\n')
-        started[n].stdin.flush()
-        turns[n].append(json.loads(started[n].stdout.readline()))
-  finally:
-    for p in started:
-      p.kill()
-  return [row(*entry) for entry in zip(specs, facts, turns, strict=True)]
+      contestants.append(Contestant(([*command, spec], {})))
+    turns = take_turns(contestants, rounds, seconds)
+    return [row(spec, its.facts[0], answers) for spec, its, answers in zip(specs, contestants, turns, strict=True)]
 
 
 def row(spec: str, facts: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]:

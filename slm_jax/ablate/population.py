@@ -87,10 +87,8 @@ def looped(step: Step, batch_axis: int | None) -> Step:
 
 
 def compile_program(job: Job, state: TrainState, batch: Any, side_by_side: bool) -> tuple[Program, int]:
-  """`(program, bytes that its step needs)`, the latter by the compiler's own account."""
+  """`(program, bytes that its step needs)`."""
   step = jax.jit(together(job.step, side_by_side), donate_argnums=0).lower(state, batch, job.frozen).compile()
-  memory: Any = step.memory_analysis()
-  needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
   final, measure = job.final, job.measure
   for _ in range(2):  # S and A
     final = jax.vmap(final, in_axes=(STATE_AXES,))
@@ -100,7 +98,14 @@ def compile_program(job: Job, state: TrainState, batch: Any, side_by_side: bool)
     return jax.tree.map(lambda x: x[s, a], _without_step(state))._replace(step=state.step)
 
   program = Program(step, jax.jit(final), jax.jit(measure), jax.jit(pick))
-  return program, needed - memory.alias_size_in_bytes
+  return program, bytes_needed(step)
+
+
+def bytes_needed(step: Any) -> int:
+  """Of a compiled program, its arguments included, by the compiler's own account."""
+  memory = step.memory_analysis()
+  needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return needed - memory.alias_size_in_bytes
 
 
 def _without_step(state: TrainState) -> Any:

@@ -8,6 +8,7 @@
 #
 # After start: export SLURM_CONF=FOLDER/slurm.conf, and sbatch, srun, squeue and scancel work.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin # where the daemons are; not every user looks there
 
 install() {
   command -v sbatch slurmctld slurmd munged >/dev/null && return

@@ -1,0 +1,217 @@
+"""What does it bring to train arms as a population? Arms per hour, against one after another and one process an arm.
+
+    python -m experiments.bench_population [--sizes=100k,1m] [--arms=1,4,16,64] [--teacher=tiny_3m] [--workers=2] [--out=FILE]
+
+Arms of one size and of one order of the data, with a frozen teacher that all of them learn from: `--teacher`, a preset,
+or 'none'; by default ten times as large as they (30M for 10M). Four ways, with the project's own step, population and
+pinning:
+
+    sequence     one process, one arm after another, compiled once
+    processes    one process an arm, as many at a time as `--workers`, each pinned to its share of this machine
+    population   one process, one program for all arms
+    populations  as many populations as workers, each pinned to its share (`--local_workers`)
+
+They take turns, so that a busy machine slows all of them; reported is the fastest turn of each, in steps of one arm per
+second of all together. Arms per hour are computed from this: `--steps` steps an arm, and what was measured from the
+start of a process to the end of its first step: of every process of `processes` (with the compiled program found in the
+cache), once otherwise. Evaluation and checkpoints are left out. Where the program of a population does not fit into
+memory, it is made of half as many arms, as in training; `held` says of how many.
+
+One arm is never a population: of 1 arm, the first two ways are all there is.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.turns import Contestant, closing, serve, take_turns
+from launch import leash, places
+from slm_jax.model.presets import preset, presets
+
+SIZES = {'100k': ('tiny_100k', 'tiny_1m'), '1m': ('tiny_1m', 'tiny_10m'), '10m': ('tiny_10m', 'tiny_30m')}
+WAYS = ('sequence', 'processes', 'population', 'populations')
+BATCH, CONTEXT = 8, 128
+
+_SIZES = flags.DEFINE_list('sizes', list(SIZES), f'of {", ".join(SIZES)}')
+_ARMS = flags.DEFINE_list('arms', ['1', '4', '16', '64'], 'numbers of arms')
+_TEACHER = flags.DEFINE_string('teacher', '', 'preset of the teacher, or none (default: ten times the size)')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'processes at a time', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 4, 'turns of each contestant', lower_bound=1)
+_SECONDS = flags.DEFINE_float('seconds', 3.0, 'length of a turn, about')
+_STEPS = flags.DEFINE_integer('steps', 1000, 'steps of an arm, for arms per hour', lower_bound=1)
+_OUT = flags.DEFINE_string('out', 'runs/bench_population/bench.json', 'where the figures go')
+_WORKER = flags.DEFINE_string('worker', '', 'internal: what to run in this process')
+
+
+# ---------------------------------------------------------------------------------------------------------- a worker
+
+
+def work(size: str, n_arms: int, teacher: str, began: float, cache: str) -> None:
+  """A process of a contestant: trains n_arms arms by one program, as a population if they are several."""
+  import jax
+
+  from slm_jax import perf
+
+  perf.keep_freed_memory()
+  if cache:
+    perf.cache_compilations(Path(cache))
+  step, held = trainer(size, n_arms, teacher)
+  step()
+  facts = {'start_seconds': time.time() - began, 'held': held, 'device': jax.devices()[0].device_kind}
+  step()
+
+  def turn(seconds: float) -> dict[str, float]:
+    steps, start = 0, time.perf_counter()
+    while not steps or time.perf_counter() < start + seconds:
+      step()
+      steps += held
+    return {'steps_per_second': steps / (time.perf_counter() - start)}
+
+  serve(facts, turn)
+
+
+def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], int]:
+  """`(takes one step of all arms and waits for it, how many arms these are)`: half as many until they fit."""
+  import jax
+  import numpy as np
+
+  from slm_jax.ablate import population
+  from slm_jax.distill.online import distill
+  from slm_jax.model import decoder
+  from slm_jax.optim import OptimConfig, optimizer
+  from slm_jax.step import chain, init_state, make_step
+
+  model, optim = decoder.build(preset(SIZES[size][0])), optimizer(OptimConfig(), 1000)
+  transform, frozen = chain(), {}
+  if teacher != 'none':
+    taught_by = decoder.build(preset(teacher))
+    transform = distill(taught_by, 0.5, 1.0)
+    frozen = {'teacher': jax.jit(taught_by.init)(jax.random.PRNGKey(9))}
+  step = make_step(model, optim, transform)
+  tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (BATCH, CONTEXT + 1)).astype(np.int32)
+  ones = np.ones((BATCH, CONTEXT))
+  batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': ones.astype('int32')}
+  batch = jax.device_put({**batch, 'mask': ones.astype('float32')})
+  fresh = jax.jit(lambda key: init_state(key, model.init(key), optim, transform))
+  if n_arms == 1:
+    state, compiled = fresh(jax.random.PRNGKey(0)), jax.jit(step, donate_argnums=0)
+  else:
+    batch = jax.tree.map(lambda x: x[None], batch)  # of one order of the data
+    states = [fresh(jax.random.PRNGKey(i)) for i in range(n_arms)]
+    side_by_side = jax.default_backend() != 'cpu'
+    together = jax.jit(population.together(step, side_by_side), donate_argnums=0)
+    while True:
+      state = population.stack(states, 1)
+      compiled = together.lower(state, batch, frozen).compile()
+      if population.bytes_needed(compiled) <= population.memory_limit() or len(states) == 1:
+        break
+      states = states[: len(states) // 2]
+    n_arms = len(states)
+
+  def take() -> Any:
+    nonlocal state
+    state, measured = compiled(state, batch, frozen)
+    return jax.device_get(measured)
+
+  return take, n_arms
+
+
+# ----------------------------------------------------------------------------------------------------- the comparison
+
+
+def teacher_of(size: str) -> str:
+  return _TEACHER.value or SIZES[size][1]
+
+
+def contestant(way: str, size: str, n_arms: int, cache: str) -> Contestant:
+  """The processes of one way to train n_arms arms."""
+  n = min(_WORKERS.value, n_arms) if way in ('processes', 'populations') else 1
+  each = {'sequence': 1, 'processes': 1, 'population': n_arms, 'populations': n_arms // n}[way]
+  spec = json.dumps([size, each, teacher_of(size), time.time(), cache if way == 'processes' else ''])
+  worker = [sys.executable, '-m', 'experiments.bench_population', f'--worker={spec}']
+  if n == 1:
+    return Contestant((worker, {}))
+  kind, devices = places.accelerators()
+  pinned = [sys.executable, '-I', '-S', leash.__file__, str(os.getpid())]
+  its = places.split(n, kind, devices)
+  return Contestant(*(([*pinned, ','.join(map(str, place.cores)), *worker], place.env) for place in its))
+
+
+def compare(size: str, n_arms: int) -> list[dict[str, Any]]:
+  ways = WAYS if n_arms > 1 else WAYS[:2]
+  with tempfile.TemporaryDirectory() as cache, closing([]) as contestants:
+    contestant('processes', size, n_arms, cache).close()  # the first ones compile, for the cache
+    for way in ways:
+      contestants.append(contestant(way, size, n_arms, cache))
+    turns = take_turns(contestants, _ROUNDS.value, _SECONDS.value)
+    rows = [row(way, n_arms, its.facts, answers) for way, its, answers in zip(ways, contestants, turns, strict=True)]
+  return [{'size': size, 'teacher': teacher_of(size), **r} for r in rows]
+
+
+def row(way: str, n_arms: int, facts: list[dict[str, Any]], answers: list[dict[str, float]]) -> dict[str, Any]:
+  n, steps = len(facts), _STEPS.value
+  # A turn has one answer from each process.
+  rate = max(sum(a['steps_per_second'] for a in answers[i : i + n]) for i in range(0, len(answers), n))
+  start = max(f['start_seconds'] for f in facts)
+  starts = math.ceil(n_arms / n) if way == 'processes' else 1  # one behind the other
+  seconds = starts * start + n_arms * steps / rate
+  held = sum(f['held'] for f in facts)
+  return {
+    'way': way,
+    'arms': n_arms,
+    'held': held,
+    'steps_per_second': rate,
+    'start_seconds': start,
+    'arms_per_hour': 3600 * n_arms / seconds,
+    'device': facts[0]['device'],
+  }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """One line a way; the last column by arms per hour."""
+  lines = ['size  teacher   arms  way          held  steps/s  start s  arms/hour  of sequence  of processes']
+  for r in rows:
+    rival = {
+      o['way']: o for o in rows if (o['size'], o['arms']) == (r['size'], r['arms'])
+    }  # one run has one teacher a size
+    of = [r['arms_per_hour'] / rival[way]['arms_per_hour'] for way in ('sequence', 'processes')]
+    lines.append(
+      f'{r["size"]:5} {r["teacher"]:9} {r["arms"]:4}  {r["way"]:11} {r["held"]:5} {r["steps_per_second"]:8.1f} '
+      f'{r["start_seconds"]:8.1f} {r["arms_per_hour"]:10.1f} {of[0]:11.2f}x {of[1]:12.2f}x'
+    )
+  return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+  if _WORKER.value:
+    work(*json.loads(_WORKER.value))
+    return
+  wrong = [size for size in _SIZES.value if size not in SIZES] + [n for n in _ARMS.value if not n.isdigit() or n == '0']
+  wrong += [name for name in [_TEACHER.value] if name not in ('', 'none', *presets())] + argv[1:]
+  if wrong:
+    sys.exit(
+      f'error: {wrong}: --sizes of {", ".join(SIZES)}; --arms are numbers from 1; --teacher is none or a preset: '
+      f'{", ".join(presets())}'
+    )
+  rows: list[dict[str, Any]] = []
+  out = Path(_OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  for size in _SIZES.value:
+    for n_arms in map(int, _ARMS.value):
+      rows += compare(size, n_arms)
+      out.write_text(json.dumps({'machine': platform.platform(), 'steps': _STEPS.value, 'rows': rows}, indent=1) + '\n')
+      print(table(rows[-len(WAYS) :] if n_arms > 1 else rows[-2:]), flush=True)
+  print(f'\n{table(rows)}\n\n{out}')
+
+
+if __name__ == '__main__':
+  app.run(main)
