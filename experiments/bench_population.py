@@ -1,6 +1,6 @@
 """What does it bring to train arms as a population? Arms per hour, against one after another and one process an arm.
 
-    python -m experiments.bench_population [--sizes=100k,1m] [--arms=1,4,16,64] [--teacher=tiny_3m] [--workers=2] [--out=FILE]
+    python -m experiments.bench_population [--sizes=100k,1m] [--arms=1,4,16,64] [--teacher=tiny_3m] [--workers=2]
 
 Arms of one size and of one order of the data, with a frozen teacher that all of them learn from: `--teacher`, a preset,
 or 'none'; by default ten times as large as they (30M for 10M). Four ways, with the project's own step, population and
@@ -178,11 +178,10 @@ def row(way: str, n_arms: int, facts: list[dict[str, Any]], answers: list[dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
   """One line a way; the last column by arms per hour."""
+  # one run has one teacher a size
   lines = ['size  teacher   arms  way          held  steps/s  start s  arms/hour  of sequence  of processes']
   for r in rows:
-    rival = {
-      o['way']: o for o in rows if (o['size'], o['arms']) == (r['size'], r['arms'])
-    }  # one run has one teacher a size
+    rival = {o['way']: o for o in rows if (o['size'], o['arms']) == (r['size'], r['arms'])}
     of = [r['arms_per_hour'] / rival[way]['arms_per_hour'] for way in ('sequence', 'processes')]
     lines.append(
       f'{r["size"]:5} {r["teacher"]:9} {r["arms"]:4}  {r["way"]:11} {r["held"]:5} {r["steps_per_second"]:8.1f} '
