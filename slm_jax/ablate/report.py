@@ -109,9 +109,11 @@ def _results(lines: Sequence[Line]) -> Grid:
 def _at_equal_cost(lines: Sequence[Line]) -> Grid:
   units = table.units(lines)
   head = ('arm', *(title for unit in units for title in (f'at {controls.TITLES[unit]}', 'difference')))
-  spreads = [[line.at_equal[unit] for unit in units] for line in lines]
-  cells = [[cell for at in row for cell in (page.spread(at.loss), page.spread(at.difference, '+'))] for row in spreads]
-  return Grid(head, [(Cell(line.name, line.name), *row) for line, row in zip(lines, cells, strict=True)])
+  rows = []
+  for line in table.read_at_equal(lines):
+    spreads = ((page.spread(at.loss), page.spread(at.difference, '+')) for at in table.at_equal(line, units))
+    rows.append((Cell(line.name, line.name), *(cell for pair in spreads for cell in pair)))
+  return Grid(head, rows)
 
 
 def _costs(lines: Sequence[Line]) -> Grid:

@@ -100,13 +100,23 @@ def text(lines: Sequence[Line]) -> str:
 
 
 def units(lines: Sequence[Line]) -> list[str]:
-  """The controls that tell something: some arm used more than another; and for pipeline FLOPs, some arm has parents."""
+  """The controls that tell something: some arm used more than another, and two or more of them can be read there; and
+  for pipeline FLOPs, some arm has parents."""
 
   def differs(at: Interval, final: Interval) -> bool:
     return at.n != final.n or (final.n > 0 and not math.isclose(at.mean, final.mean, rel_tol=1e-9))
 
   known = [unit for unit in _controlled(lines) if unit != 'pipeline' or have_parents(lines)]
-  return [unit for unit in known if any(differs(line.at_equal[unit].loss, line.loss) for line in lines)]
+  return [
+    unit
+    for unit in known
+    if any(differs(line.at_equal[unit].loss, line.loss) for line in lines) and _readable(lines, unit) > 1
+  ]
+
+
+def _readable(lines: Sequence[Line], unit: str) -> int:
+  """How many arms have a loss at the budget of a control: an evaluation at or before it, and one at or after it."""
+  return sum(line.at_equal[unit].loss.n > 0 for line in lines)
 
 
 def have_parents(lines: Sequence[Line]) -> bool:
@@ -119,11 +129,23 @@ def _controlled(lines: Sequence[Line]) -> list[str]:
 
 
 def equal_cost(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-  """A row an arm: its name, and for each control the loss and its difference to the baseline's."""
+  """A row for each arm that can be read in some control: its name, and there the loss and its difference."""
   return [
-    (line.name, *(cell for at in row for cell in (spread(at.loss), spread(at.difference, '+'))))
-    for line, row in ((line, [line.at_equal[unit] for unit in units(lines)]) for line in lines)
+    (
+      line.name,
+      *(cell for at in at_equal(line, units(lines)) for cell in (spread(at.loss), spread(at.difference, '+'))),
+    )
+    for line in read_at_equal(lines)
   ]
+
+
+def at_equal(line: Line, of: Sequence[str]) -> list[AtEqualCost]:
+  return [line.at_equal[unit] for unit in of]
+
+
+def read_at_equal(lines: Sequence[Line]) -> list[Line]:
+  """The arms that can be read in some control."""
+  return [line for line in lines if any(at.loss.n for at in at_equal(line, units(lines)))]
 
 
 def note(lines: Sequence[Line]) -> str:
@@ -153,7 +175,13 @@ def note_on_controls(lines: Sequence[Line]) -> str:
       'An arm that went on is read before its learning rate has come down, so it looks worse than one made for it.',
     ]
   parents = have_parents(lines)
-  same = [f'at {controls.TITLES[u]}' for u in _controlled(lines) if u not in budgets and (u != 'pipeline' or parents)]
+  others = [u for u in _controlled(lines) if u not in budgets and (u != 'pipeline' or parents)]
+  unread = [f'at {controls.TITLES[u]}' for u in others if _readable(lines, u) < 2 <= len(lines)]
+  if unread:
+    words.append(f'No comparison {" and ".join(unread)}: too few arms were evaluated so early.')
+  if budgets and len(read_at_equal(lines)) < len(lines):
+    words.append('Arms that were not evaluated so early are left out.')
+  same = [f'at {controls.TITLES[u]}' for u in others if f'at {controls.TITLES[u]}' not in unread]
   if same:
     words.append(f'The final losses are those {" and ".join(same)} too: no arm used more than another.')
   if 'pipeline' in _controlled(lines) and not parents:

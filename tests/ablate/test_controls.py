@@ -123,3 +123,22 @@ def test_where_all_used_the_same_there_is_a_sentence_and_no_table():
   assert 'no arm used more than another. No arm builds on another, so that pipeline FLOPs' in table.text(lines)
   assert 'at equal tokens  ' not in table.text(lines)
   assert 'equal' not in table.text(table.lines(rows, 'base'))  # without curves there is nothing to say
+
+
+def test_what_was_not_evaluated_early_enough_has_no_row_and_that_is_said():
+  points = {'small': curve(1000, a_token=1.0), 'wide': curve(1000, a_token=2.0), 'wider': curve(1000, a_token=3.0)}
+  late = {name: its if name == 'small' else its[-1:] for name, its in points.items()}  # one evaluation, at the end
+  rows = [row(name, loss=its[-1].loss) for name, its in points.items()]
+
+  def text(curves):
+    return table.text(table.lines(rows, 'small', {f'{name}0': its for name, its in curves.items()}))
+
+  assert 'at equal FLOPs  ' in text(points)
+  assert 'left out' not in text(points)
+  assert 'at equal FLOPs  ' not in text(late)  # all arms but one would be dashes
+  assert 'No comparison at equal FLOPs: too few arms were evaluated so early.' in text(late)
+  in_part = text({**late, 'wide': points['wide']})
+  assert 'Arms that were not evaluated so early are left out.' in in_part
+  below = in_part.partition('at equal FLOPs  ')[2]
+  assert '\nwide  ' in below
+  assert '\nwider  ' not in below
