@@ -106,16 +106,15 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
     state, compiled = fresh(jax.random.PRNGKey(0)), jax.jit(step, donate_argnums=0)
   else:
     batch = jax.tree.map(lambda x: x[None], batch)  # of one order of the data
-    states = [fresh(jax.random.PRNGKey(i)) for i in range(n_arms)]
-    side_by_side = jax.default_backend() != 'cpu'
-    together = jax.jit(population.together(step, side_by_side), donate_argnums=0)
+    together = jax.jit(population.together(step, jax.default_backend() != 'cpu'), donate_argnums=0)
+    make = jax.jit(lambda keys: in_one_order(jax.vmap(fresh)(keys)))
     while True:
-      state = population.stack(states, 1)
-      compiled = together.lower(state, batch, frozen).compile()
-      if population.bytes_needed(compiled) <= population.memory_limit() or len(states) == 1:
+      keys = jax.random.split(jax.random.PRNGKey(0), n_arms)
+      compiled = together.lower(jax.eval_shape(make, keys), batch, frozen).compile()
+      if population.bytes_needed(compiled) <= population.memory_limit() or n_arms == 2:
         break
-      states = states[: len(states) // 2]
-    n_arms = len(states)
+      n_arms //= 2
+    state = make(keys)
 
   def take() -> Any:
     nonlocal state
@@ -123,6 +122,13 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
     return jax.device_get(measured)
 
   return take, n_arms
+
+
+def in_one_order(states: Any) -> Any:
+  """States [A, ...] as those of a population of one order of the data, [1, A, ...], whose steps are one."""
+  import jax
+
+  return jax.tree.map(lambda x: x[None], states)._replace(step=states.step[0])
 
 
 # ----------------------------------------------------------------------------------------------------- the comparison

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax import evaluate, metrics, perf
 from slm_jax.ablate.alike import groups
@@ -51,11 +52,17 @@ class Program(NamedTuple):
   step: Step
   final: Callable[[TrainState], Any]
   measure: Measure
+  empty: Callable[[], TrainState]
+  put: Callable[[TrainState, TrainState, jax.Array, jax.Array], TrainState]
   pick: Callable[[TrainState, jax.Array, jax.Array], TrainState]
 
   def one(self, state: TrainState, at: tuple[int, int]) -> TrainState:
     """The state of one arm."""
     return self.pick(state, *jax.device_put(tuple(map(np.int32, at))))
+
+  def with_one(self, state: TrainState, own: TrainState, at: tuple[int, int]) -> TrainState:
+    """A population's state with that of one arm in its place; `state` is used up."""
+    return self.put(state, own, *jax.device_put(tuple(map(np.int32, at))))
 
 
 def together(step: Step, side_by_side: bool) -> Step:
@@ -86,19 +93,46 @@ def looped(step: Step, batch_axis: int | None) -> Step:
   return of_all
 
 
-def compile_program(job: Job, state: TrainState, batch: Any, side_by_side: bool) -> tuple[Program, int]:
-  """`(program, bytes that its step needs)`."""
-  step = jax.jit(together(job.step, side_by_side), donate_argnums=0).lower(state, batch, job.frozen).compile()
+def compile_program(job: Job, shape: tuple[int, int], batch: Any, side_by_side: bool) -> tuple[Program, int]:
+  """`(program of S x A arms, bytes that its step needs)`. No arm's state need exist yet."""
+  state = stacked(job.abstract, shape)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(together(job.step, side_by_side), donate_argnums=0, out_shardings=(layout, None))
+  compiled = step.lower(state, batch, job.frozen).compile()
   final, measure = job.final, job.measure
   for _ in range(2):  # S and A
     final = jax.vmap(final, in_axes=(STATE_AXES,))
     measure = _measured(measure, side_by_side)
 
+  def empty():
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+  def put(state, own, s, a):
+    placed = jax.tree.map(lambda x, one: x.at[s, a].set(one), _without_step(state), _without_step(own))
+    return placed._replace(step=own.step)
+
   def pick(state, s, a):
     return jax.tree.map(lambda x: x[s, a], _without_step(state))._replace(step=state.step)
 
-  program = Program(step, jax.jit(final), jax.jit(measure), jax.jit(pick))
-  return program, bytes_needed(step)
+  program = Program(
+    compiled,
+    jax.jit(final),
+    jax.jit(measure),
+    jax.jit(empty, out_shardings=layout),
+    jax.jit(put, donate_argnums=0, out_shardings=layout),
+    jax.jit(pick),
+  )
+  return program, bytes_needed(compiled)
+
+
+def stacked(abstract: TrainState, shape: tuple[int, int]) -> TrainState:
+  """Shapes and shardings of the state of S x A arms, by those of one. No axis of arms is split over devices."""
+
+  def of_all(x):
+    layout = NamedSharding(x.sharding.mesh, PartitionSpec(None, None, *x.sharding.spec))
+    return jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=layout)
+
+  return jax.tree.map(of_all, _without_step(abstract))._replace(step=abstract.step)
 
 
 def bytes_needed(step: Any) -> int:
@@ -117,16 +151,6 @@ def _measured(measure: Measure, side_by_side: bool) -> Measure:
   return lambda params, batch: jax.lax.map(
     lambda own: measure(own, batch), params, batch_size=len(jax.tree.leaves(params)[0]) if side_by_side else None
   )
-
-
-def stack(states: Sequence[TrainState], orders: int) -> TrainState:
-  """S * A states, order by order, as one of shape [S, A, ...]."""
-
-  def together(*leaves):
-    return jnp.stack(leaves).reshape(orders, -1, *leaves[0].shape)
-
-  stacked = jax.tree.map(together, *map(_without_step, states))
-  return stacked._replace(step=states[0].step)
 
 
 def memory_limit() -> float:
@@ -210,15 +234,32 @@ def halves(arms: Mapping[str, Config]) -> list[dict[str, Config]]:
   return [{arm_id: arms[arm_id] for row in part for arm_id in row} for part in split]
 
 
-def restore(members: Sequence[Member], abstract: TrainState) -> Sequence[tuple[TrainState, Mapping[str, Any]]]:
-  """`(state, record)` of every member at the newest step of which all have an intact checkpoint; fresh without any."""
+def restore(members: Sequence[Member], program: Program) -> tuple[TrainState, list[Mapping[str, Any]]]:
+  """The state of all and the record of each, at the newest step of which all have an intact checkpoint; else fresh.
+
+  One after another into their places, so that no two copies of the whole exist.
+  """
+
+  def from_checkpoints(step: int) -> tuple[TrainState, list[Mapping[str, Any]]] | None:
+    records: list[Mapping[str, Any]] = []
+    state = program.empty()
+    for member in members:
+      found = member.checkpoints.read(step, member.job.abstract)
+      if found is None:
+        return None
+      state = program.with_one(state, found[0], member.at)
+      records.append(found[1])
+    return state, records
+
+  def fresh() -> TrainState:
+    state = program.empty()
+    for member in members:
+      state = program.with_one(state, member.job.fresh(member.config), member.at)
+    return state
+
   common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
-  for step in sorted(common, reverse=True):
-    found = [member.checkpoints.read(step, abstract) for member in members]
-    intact = [each for each in found if each is not None]
-    if len(intact) == len(members):
-      return intact
-  return [(member.job.fresh(member.config), {}) for member in members]
+  found = next(filter(None, map(from_checkpoints, sorted(common, reverse=True))), None)
+  return found or (fresh(), [{} for _ in members])
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -256,12 +297,12 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
         job = prepare(members[0].config, workdir, workdir)
         for member in members:
           member.open(job, files)
-        states, records = zip(*restore(members, job.abstract), strict=True)
-        state = stack(states, len(seeds))
         batch = batches_of(members[0].config, seeds, workdir)
-        program, needed = compile_program(job, state, job.place(batch(int(state.step))), jax.default_backend() != 'cpu')
+        shape, side_by_side = (len(seeds), per_order), jax.default_backend() != 'cpu'
+        program, needed = compile_program(job, shape, job.place(batch(0)), side_by_side)
         if needed > memory_limit() and len(arms) > 1:
           return None
+        state, records = restore(members, program)
         for member, record in zip(members, records, strict=True):
           member.start(int(state.step), record, files)
       state = train(members, program, state, job, batch, stop)

@@ -79,6 +79,12 @@ def copy(root, tmp_path):
   return tmp_path
 
 
+def stack(states, orders):
+  """States as the state of a population, order by order."""
+  together = jax.tree.map(lambda *x: jnp.stack(x).reshape(orders, -1, *x[0].shape), *states)
+  return together._replace(step=states[0].step)
+
+
 # ------------------------------------------------------------------------------------------------- what is traced
 
 
@@ -155,7 +161,7 @@ def test_fifty_steps_of_a_population_equal_fifty_steps_alone(side_by_side):
     state.hparams['distill.weight'] = jnp.float32(i / 6)
   frozen = {'teacher': teacher.init(jax.random.PRNGKey(1))}
   many, one = jax.jit(population.together(step, side_by_side)), jax.jit(step)
-  together = population.stack(states, 2)
+  together = stack(states, 2)
   for t in range(50):
     batches = [toy_batch(2 * t), toy_batch(2 * t + 1)]
     together, measured = many(together, jax.tree.map(lambda *x: jnp.stack(x), *batches), frozen)
@@ -178,6 +184,13 @@ def test_split_where_memory_is_short(tmp_path, monkeypatch):
   assert population.run(arms, tmp_path) == dict.fromkeys(arms, 0)
   assert [len(part) for part in parts] == [6, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1]
   assert all(len(alike.groups({i: arms[i] for i in part})) == 1 for part in parts)
+
+
+def test_no_state_exists_before_it_is_known_to_fit(root, tmp_path, monkeypatch):
+  monkeypatch.setattr(population, 'memory_limit', lambda: 0)
+  monkeypatch.setattr(population, 'restore', None)
+  arms = dict(list(sweep().items())[:2])
+  assert population.run_part(arms, root) is None
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
@@ -238,7 +251,7 @@ def distilling(layers: int = 3):
   step = make_step(student, optim, transform)
   states = [init_state(k, student.init(k), optim, transform) for k in jax.random.split(jax.random.PRNGKey(0), 4)]
   frozen = {'teacher': teacher.init(jax.random.PRNGKey(1))}
-  return step, population.stack(states, 1), jax.tree.map(lambda x: x[None], toy_batch()), frozen
+  return step, stack(states, 1), jax.tree.map(lambda x: x[None], toy_batch()), frozen
 
 
 def test_the_teacher_runs_once_and_unbatched_and_the_cond_stays_one():
