@@ -127,17 +127,16 @@ for i in range(600):
 """
 
 
+def python_on(host, log):
+  """The command by which a host runs Python as a worker."""
+  (host / 'requirements.lock').write_text('jax\n')
+  version = '.'.join(platform.python_version_tuple()[:2])
+  return ['bash', str(REPO / 'launch/tpu_vm.sh'), version, str(log), 'python', '-c']
+
+
 def test_a_worker_whose_connection_is_lost_goes_on_until_the_next_one_comes(host, tmp_path):
   log = tmp_path / 'logs' / 'x.log'
-  (host / 'requirements.lock').write_text('jax\n')
-  argv = [
-    'bash',
-    str(REPO / 'launch/tpu_vm.sh'),
-    '.'.join(platform.python_version_tuple()[:2]),
-    str(log),
-    'python',
-    '-c',
-  ]
+  argv = python_on(host, log)
   env = {**os.environ, 'HOME': str(host)}
 
   def until(condition):
@@ -162,15 +161,7 @@ def test_a_worker_whose_connection_is_lost_goes_on_until_the_next_one_comes(host
 
 def test_a_worker_that_does_not_leave_is_killed(host, tmp_path, monkeypatch):
   log = tmp_path / 'x.log'
-  (host / 'requirements.lock').write_text('jax\n')
-  argv = [
-    'bash',
-    str(REPO / 'launch/tpu_vm.sh'),
-    '.'.join(platform.python_version_tuple()[:2]),
-    str(log),
-    'python',
-    '-c',
-  ]
+  argv = python_on(host, log)
   env = {**os.environ, 'HOME': str(host), 'SLM_GRACE': '1'}
   deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'
   first = subprocess.Popen([*argv, deaf], env=env, cwd=host, stdout=subprocess.PIPE)
