@@ -43,6 +43,7 @@ BATCH, CONTEXT = 8, 128
 
 _SIZES = flags.DEFINE_list('sizes', list(SIZES), f'of {", ".join(SIZES)}')
 _ARMS = flags.DEFINE_list('arms', ['1', '4', '16', '64'], 'numbers of arms')
+_WAYS = flags.DEFINE_list('ways', list(WAYS), f'of {", ".join(WAYS)}; all of them are in memory at once')
 _TEACHER = flags.DEFINE_string('teacher', '', 'preset of the teacher, or none (default: ten times the size)')
 _WORKERS = flags.DEFINE_integer('workers', 2, 'processes at a time', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 4, 'turns of each contestant', lower_bound=1)
@@ -153,9 +154,10 @@ def contestant(way: str, size: str, n_arms: int, cache: str) -> Contestant:
 
 
 def compare(size: str, n_arms: int) -> list[dict[str, Any]]:
-  ways = WAYS if n_arms > 1 else WAYS[:2]
+  ways = [way for way in (WAYS if n_arms > 1 else WAYS[:2]) if way in _WAYS.value]
   with tempfile.TemporaryDirectory() as cache, closing([]) as contestants:
-    contestant('processes', size, n_arms, cache).close()  # the first ones compile, for the cache
+    if 'processes' in ways:
+      contestant('processes', size, n_arms, cache).close()  # the first ones compile, for the cache
     for way in ways:
       contestants.append(contestant(way, size, n_arms, cache))
     turns = take_turns(contestants, _ROUNDS.value, _SECONDS.value)
@@ -188,10 +190,11 @@ def table(rows: list[dict[str, Any]]) -> str:
   lines = ['size  teacher   arms  way          held  steps/s  start s  arms/hour  of sequence  of processes']
   for r in rows:
     rival = {o['way']: o for o in rows if (o['size'], o['arms']) == (r['size'], r['arms'])}
-    of = [r['arms_per_hour'] / rival[way]['arms_per_hour'] for way in ('sequence', 'processes')]
+    of = [r['arms_per_hour'] / rival[way]['arms_per_hour'] if way in rival else None for way in WAYS[:2]]
+    ratios = ['–' if x is None else f'{x:.2f}x' for x in of]
     lines.append(
       f'{r["size"]:5} {r["teacher"]:9} {r["arms"]:4}  {r["way"]:11} {r["held"]:5} {r["steps_per_second"]:8.1f} '
-      f'{r["start_seconds"]:8.1f} {r["arms_per_hour"]:10.1f} {of[0]:11.2f}x {of[1]:12.2f}x'
+      f'{r["start_seconds"]:8.1f} {r["arms_per_hour"]:10.1f} {ratios[0]:>12} {ratios[1]:>13}'
     )
   return '\n'.join(lines)
 
@@ -201,10 +204,11 @@ def main(argv: list[str]) -> None:
     work(*json.loads(_WORKER.value))
     return
   wrong = [size for size in _SIZES.value if size not in SIZES] + [n for n in _ARMS.value if not n.isdigit() or n == '0']
+  wrong += [way for way in _WAYS.value if way not in WAYS]
   wrong += [name for name in [_TEACHER.value] if name not in ('', 'none', *presets())] + argv[1:]
   if wrong:
     sys.exit(
-      f'error: {wrong}: --sizes of {", ".join(SIZES)}; --arms are numbers from 1; --teacher is none or a preset: '
+      f'error: {wrong}: --sizes of {", ".join(SIZES)}; --ways of {", ".join(WAYS)}; --arms are numbers from 1; --teacher is none or a preset: '
       f'{", ".join(presets())}'
     )
   rows: list[dict[str, Any]] = []
@@ -214,7 +218,7 @@ def main(argv: list[str]) -> None:
     for n_arms in map(int, _ARMS.value):
       rows += compare(size, n_arms)
       out.write_text(json.dumps({'machine': platform.platform(), 'steps': _STEPS.value, 'rows': rows}, indent=1) + '\n')
-      print(table(rows[-len(WAYS) :] if n_arms > 1 else rows[-2:]), flush=True)
+      print(f'{size}, {n_arms} arms: measured', flush=True)
   print(f'\n{table(rows)}\n\n{out}')
 
 
