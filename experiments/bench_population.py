@@ -207,10 +207,8 @@ def main(argv: list[str]) -> None:
   wrong += [way for way in _WAYS.value if way not in WAYS]
   wrong += [name for name in [_TEACHER.value] if name not in ('', 'none', *presets())] + argv[1:]
   if wrong:
-    sys.exit(
-      f'error: {wrong}: --sizes of {", ".join(SIZES)}; --ways of {", ".join(WAYS)}; --arms are numbers from 1; --teacher is none or a preset: '
-      f'{", ".join(presets())}'
-    )
+    allowed = {'sizes': SIZES, 'ways': WAYS, 'arms': ['numbers from 1'], 'teacher': ['none', *presets()]}
+    sys.exit(f'error: {wrong}: allowed: ' + '; '.join(f'--{name}: {", ".join(its)}' for name, its in allowed.items()))
   rows: list[dict[str, Any]] = []
   out = Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
