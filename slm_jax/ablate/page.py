@@ -7,6 +7,7 @@ Content-Security-Policy: nothing is fetched, and of scripts only ours runs, know
 import base64
 import datetime
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,13 +70,14 @@ def markup(plots: Iterable['Plot']) -> list[tuple[str, Any]]:
 
 
 def paragraphs(text: str) -> list[tuple[str, bool]]:
-  """`[(text, whether its line breaks mean something)]`: indented and listed lines keep theirs."""
+  """`[(text, whether its line breaks mean something)]`: listed lines keep theirs; tables are indented by four."""
   found = []
-  for block in text.strip().split('\n\n'):
+  for block in text.strip('\n').split('\n\n'):
     rows = [row.rstrip() for row in block.split('\n') if row.strip()]
     laid_out = any(row.startswith((' ', '-', '*', '|')) for row in rows)
-    if rows:
-      found.append(('\n'.join(rows), True) if laid_out else (' '.join(row.strip() for row in rows), False))
+    for _, part in itertools.groupby(rows, lambda row: row.startswith('    ')):
+      its = list(part)
+      found.append(('\n'.join(its), True) if laid_out else (' '.join(row.strip() for row in its), False))
   return found
 
 

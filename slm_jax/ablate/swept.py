@@ -32,6 +32,7 @@ def swept(lines: Sequence[Line]) -> list[Swept]:
   configs = [(line, line.rows[0].config) for line in lines if line.rows[0].config]
   keys = dict.fromkeys(key for _, config in configs for key in config)
   known = [key for key in flatten(Config()) if key in keys]  # as they stand in the code: d_model before d_ff
+  known.sort(key=lambda key: not key.startswith('train.'))  # but a warmup follows the steps
   found: list[Swept] = []
   for key in dict.fromkeys([*known, *keys]):
     arms = [(line, config) for line, config in configs if is_number(config.get(key))]

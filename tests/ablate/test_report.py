@@ -15,7 +15,7 @@ from fakes import FakeTrain, arms_of, experiment, fill
 
 from launch.plan import Plan
 from launch.worker import run_arms
-from slm_jax.ablate import report, workdir
+from slm_jax.ablate import page, report, workdir
 from slm_jax.ablate.sweep import product, seeds
 
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'&$x^{'
@@ -219,3 +219,18 @@ def test_colours_of_the_page_come_from_its_style_sheet(tmp_path):
   assert 'var(--c0)' in svg
   assert '#202124' not in svg
   assert '#0072b2' not in svg
+
+
+def test_tables_in_words_are_set_apart_and_lists_keep_their_lines():
+  text = """    arm   loss
+    base  1.0
+- base wins:
+  by far
+
+Two lines
+of prose."""
+  assert page.paragraphs(text) == [
+    ('    arm   loss\n    base  1.0', True),
+    ('- base wins:\n  by far', True),
+    ('Two lines of prose.', False),
+  ]

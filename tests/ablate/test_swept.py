@@ -65,6 +65,12 @@ def test_what_is_no_line_is_not_drawn(tmp_path, sweep):
   assert swept.swept(lines_of(tmp_path, sweep)) == []
 
 
+def test_what_follows_the_number_of_steps_is_named_after_it(tmp_path):
+  sweep = [{'name': f'a{n}', 'train.steps': 100 * n, 'optim.warmup': 20 * n} for n in (1, 2, 3)]
+  (found,) = swept.swept(lines_of(tmp_path, sweep))
+  assert (found.key, found.moving) == ('train.steps', ('optim.warmup',))
+
+
 def test_an_arm_apart_does_not_disturb_the_lines_of_the_others(tmp_path):
   teacher = {'name': 'teacher', 'model.n_layers': 4, 'transforms': (), 'optim.learning_rate': 2e-3}
   weights = [
