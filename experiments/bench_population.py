@@ -85,7 +85,7 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
   import jax
   import numpy as np
 
-  from slm_jax.ablate import population
+  from slm_jax.ablate import program
   from slm_jax.distill.online import distill
   from slm_jax.model import decoder
   from slm_jax.optim import OptimConfig, optimizer
@@ -107,12 +107,12 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
     state, compiled = fresh(jax.random.PRNGKey(0)), jax.jit(step, donate_argnums=0)
   else:
     batch = jax.tree.map(lambda x: x[None], batch)  # of one order of the data
-    together = jax.jit(population.together(step, jax.default_backend() != 'cpu'), donate_argnums=0)
+    together = jax.jit(program.together(step, jax.default_backend() != 'cpu'), donate_argnums=0)
     make = jax.jit(lambda keys: in_one_order(jax.vmap(fresh)(keys)))
     while True:
       keys = jax.random.split(jax.random.PRNGKey(0), n_arms)
       compiled = together.lower(jax.eval_shape(make, keys), batch, frozen).compile()
-      if population.bytes_needed(compiled) <= population.memory_limit() or n_arms == 2:
+      if program.bytes_needed(compiled) <= program.memory_limit() or n_arms == 2:
         break
       n_arms //= 2
     state = make(keys)
