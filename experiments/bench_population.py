@@ -35,6 +35,7 @@ from absl import app, flags
 
 from experiments.turns import Contestant, closing, serve, take_turns
 from launch import leash, places
+from slm_jax.ablate.table import columns
 from slm_jax.model.presets import preset, presets
 
 SIZES = {'100k': ('tiny_100k', 'tiny_1m'), '1m': ('tiny_1m', 'tiny_10m'), '10m': ('tiny_10m', 'tiny_30m')}
@@ -112,7 +113,7 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
     while True:
       keys = jax.random.split(jax.random.PRNGKey(0), n_arms)
       compiled = together.lower(jax.eval_shape(make, keys), batch, frozen).compile()
-      if program.bytes_needed(compiled) <= program.memory_limit() or n_arms == 2:
+      if program.bytes_needed(compiled) <= program.memory_limit() or n_arms <= 2:
         break
       n_arms //= 2
     state = make(keys)
@@ -185,18 +186,15 @@ def row(way: str, n_arms: int, facts: list[dict[str, Any]], answers: list[dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """One line a way; the last column by arms per hour."""
-  # one run has one teacher a size
-  lines = ['size  teacher   arms  way          held  steps/s  start s  arms/hour  of sequence  of processes']
+  """One line a way; the last two columns by arms per hour. One run has one teacher a size."""
+  head = ('size', 'teacher', 'arms', 'way', 'held', 'steps/s', 'start s', 'arms/hour', 'of sequence', 'of processes')
+  lines = [head]
   for r in rows:
     rival = {o['way']: o for o in rows if (o['size'], o['arms']) == (r['size'], r['arms'])}
-    of = [r['arms_per_hour'] / rival[way]['arms_per_hour'] if way in rival else None for way in WAYS[:2]]
-    ratios = ['–' if x is None else f'{x:.2f}x' for x in of]
-    lines.append(
-      f'{r["size"]:5} {r["teacher"]:9} {r["arms"]:4}  {r["way"]:11} {r["held"]:5} {r["steps_per_second"]:8.1f} '
-      f'{r["start_seconds"]:8.1f} {r["arms_per_hour"]:10.1f} {ratios[0]:>12} {ratios[1]:>13}'
-    )
-  return '\n'.join(lines)
+    of = [f'{r["arms_per_hour"] / rival[w]["arms_per_hour"]:.2f}x' if w in rival else '–' for w in WAYS[:2]]
+    speeds = (f'{r[name]:.1f}' for name in ('steps_per_second', 'start_seconds', 'arms_per_hour'))
+    lines.append((r['size'], r['teacher'], f'{r["arms"]}', r['way'], f'{r["held"]}', *speeds, *of))
+  return columns(lines, right=(2, *range(4, len(head))))
 
 
 def main(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.turns import Contestant, closing, serve, take_turns
+from slm_jax.ablate.table import columns
 
 CASES = {
   # the settings of nanoGPT's examples for Shakespeare on a CPU and on a GPU
@@ -158,17 +159,25 @@ def row(spec: str, facts: dict[str, Any], turns: list[dict[str, Any]]) -> dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  lines = ['case    engine  dtype      step ms  median  tokens/s    MFU  compile s  peak MiB  of torch']
+  head = ('case', 'engine', 'dtype', 'step ms', 'median', 'tokens/s', 'MFU', 'compile s', 'peak MiB', 'of torch')
+  lines = [head]
   for r in rows:
     torch = next((o for o in rows if o['case'] == r['case'] and o['engine'] == 'torch'), None)
-    ratio = f'{r["tokens_per_second"] / torch["tokens_per_second"]:.2f}x' if torch else '–'
-    mfu = f'{r["mfu"]:.0%}' if r['mfu'] else '–'
-    compiled = f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '–'
     lines.append(
-      f'{r["case"]:7} {r["engine"]:7} {r["dtype"]:9} {r["step_ms"]:8.1f} {r["step_ms_median"]:7.1f} '
-      f'{r["tokens_per_second"]:9,.0f} {mfu:>6} {compiled:>10} {r["peak_bytes"] / 2**20:9,.0f} {ratio:>9}'
+      (
+        r['case'],
+        r['engine'],
+        r['dtype'],
+        f'{r["step_ms"]:.1f}',
+        f'{r["step_ms_median"]:.1f}',
+        f'{r["tokens_per_second"]:,.0f}',
+        f'{r["mfu"]:.0%}' if r['mfu'] else '–',
+        f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '–',
+        f'{r["peak_bytes"] / 2**20:,.0f}',
+        f'{r["tokens_per_second"] / torch["tokens_per_second"]:.2f}x' if torch else '–',
+      )
     )
-  return '\n'.join(lines)
+  return columns(lines, right=range(3, len(head)))
 
 
 def main(argv: list[str]) -> None:

@@ -212,5 +212,7 @@ def why(plan: Plan, unit: Unit) -> str:
   for arm_id in unit.arms:
     if not workdirs.is_done(plan.workdir, arm_id):
       run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
-      said.append(f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if 'error' in run else ''))
+      said.append(
+        f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if run.get('error') else '')
+      )
   return ', '.join(said) or 'all its arms are done'

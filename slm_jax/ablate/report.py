@@ -110,8 +110,8 @@ def _at_equal_cost(lines: Sequence[Line]) -> Grid:
   units = table.units(lines)
   head = ('arm', *(title for unit in units for title in (f'at {controls.TITLES[unit]}', 'difference')))
   rows = []
-  for line in table.read_at_equal(lines):
-    spreads = ((page.spread(at.loss), page.spread(at.difference, '+')) for at in table.at_equal(line, units))
+  for line, row in table.equal_cost(lines):
+    spreads = ((page.spread(at.loss), page.spread(at.difference, '+')) for at in row)
     rows.append((Cell(line.name, line.name), *(cell for pair in spreads for cell in pair)))
   return Grid(head, rows)
 

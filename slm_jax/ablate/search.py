@@ -58,7 +58,7 @@ def _changes(function: Any, trial: Any, base: 'Config') -> Changes:
 def outcome(workdir: Path, arm_id: str) -> float | None:
   """The final loss of an arm that is done, infinity if it diverged; None if it is to be run (again)."""
   run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
-  if workdirs.is_done(workdir, arm_id):
+  if workdirs.is_done(workdir, arm_id) and 'summary' in run:
     return float(run['summary']['loss'])
   return math.inf if run.get('status') == 'nan' else None
 

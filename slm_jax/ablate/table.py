@@ -95,7 +95,11 @@ def text(lines: Sequence[Line]) -> str:
   parts = [columns([(*head, 'against baseline'), *body], right=range(1, 10)), note(lines)]
   if units(lines):
     titles = ('arm', *(cell for unit in units(lines) for cell in (f'at {controls.TITLES[unit]}', 'difference')))
-    parts += ['', columns([titles, *equal_cost(lines)], right=range(1, len(titles)))]
+    rows = [
+      (line.name, *(cell for at in row for cell in (spread(at.loss), spread(at.difference, '+'))))
+      for line, row in equal_cost(lines)
+    ]
+    parts += ['', columns([titles, *rows], right=range(1, len(titles)))]
   return '\n'.join([*parts, note_on_controls(lines)]).strip()
 
 
@@ -115,7 +119,7 @@ def units(lines: Sequence[Line]) -> list[str]:
 
 
 def _readable(lines: Sequence[Line], unit: str) -> int:
-  """How many arms have a loss at the budget of a control: an evaluation at or before it, and one at or after it."""
+  """How many arms have a loss at the budget of a control: they were evaluated so early."""
   return sum(line.at_equal[unit].loss.n > 0 for line in lines)
 
 
@@ -128,24 +132,11 @@ def _controlled(lines: Sequence[Line]) -> list[str]:
   return list(dict.fromkeys(unit for line in lines for unit in line.at_equal))
 
 
-def equal_cost(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-  """A row for each arm that can be read in some control: its name, and there the loss and its difference."""
-  return [
-    (
-      line.name,
-      *(cell for at in at_equal(line, units(lines)) for cell in (spread(at.loss), spread(at.difference, '+'))),
-    )
-    for line in read_at_equal(lines)
-  ]
-
-
-def at_equal(line: Line, of: Sequence[str]) -> list[AtEqualCost]:
-  return [line.at_equal[unit] for unit in of]
-
-
-def read_at_equal(lines: Sequence[Line]) -> list[Line]:
-  """The arms that can be read in some control."""
-  return [line for line in lines if any(at.loss.n for at in at_equal(line, units(lines)))]
+def equal_cost(lines: Sequence[Line]) -> list[tuple[Line, list[AtEqualCost]]]:
+  """The arms that can be read in some control, each with what it has in all of `units`."""
+  of = units(lines)
+  rows = [(line, [line.at_equal[unit] for unit in of]) for line in lines]
+  return [(line, row) for line, row in rows if any(at.loss.n for at in row)]
 
 
 def note(lines: Sequence[Line]) -> str:
@@ -179,7 +170,7 @@ def note_on_controls(lines: Sequence[Line]) -> str:
   unread = [f'at {controls.TITLES[u]}' for u in others if _readable(lines, u) < 2 <= len(lines)]
   if unread:
     words.append(f'No comparison {" and ".join(unread)}: too few arms were evaluated so early.')
-  if budgets and len(read_at_equal(lines)) < len(lines):
+  if budgets and len(equal_cost(lines)) < len(lines):
     words.append('Arms that were not evaluated so early are left out.')
   same = [f'at {controls.TITLES[u]}' for u in others if f'at {controls.TITLES[u]}' not in unread]
   if same:

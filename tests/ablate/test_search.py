@@ -105,6 +105,7 @@ def test_without_optuna_one_line_says_how_to_get_it(monkeypatch):
     ({'status': 'preempted'}, False, None),
     ({'status': 'running'}, False, None),
     (None, False, None),
+    (None, True, None),  # its record was lost
   ],
 )
 def test_what_the_store_says_of_an_arm(tmp_path, run, done, expected):
