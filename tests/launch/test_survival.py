@@ -198,6 +198,8 @@ def test_kill_9_of_the_launcher_and_another_launch(whole, launch):
   assert second.returncode == 1, out
   assert f'another launch is at work here (process {first.pid} on ' in out
   theirs = workers(first)
+  while first.poll() is None and not theirs:  # one may have ended just now, and the next not begun
+    theirs = workers(first)
   assert theirs
   first.kill()
   first.wait()

@@ -64,7 +64,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout=0
-KillWait=20
+KillWait=60
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 StateSaveLocation=$folder/state
