@@ -87,7 +87,7 @@ def trainer(size: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any], in
   import numpy as np
 
   from slm_jax.ablate import program
-  from slm_jax.distill.online import distill
+  from slm_jax.distill.logits import distill
   from slm_jax.model import decoder
   from slm_jax.optim import OptimConfig, optimizer
   from slm_jax.step import chain, init_state, make_step

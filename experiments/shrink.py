@@ -25,7 +25,7 @@ from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import seeds
 from slm_jax.data.config import DataConfig
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.experiment import Config, EvalConfig, InitConfig, TrainConfig
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig

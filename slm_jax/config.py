@@ -52,7 +52,8 @@ def setting(default: Any, *, semantic: bool = True, arm: bool = False, traced: b
 def override(config: T, changes: Mapping[str, Any]) -> T:
   """Returns `config` with `{'dotted.key': value}` applied. Strings are parsed by the field's annotated type.
 
-  A segment that meets a tuple of sections selects the element whose `kind` it is: 'transforms.distill.weight'.
+  A segment that meets a tuple of sections selects the element whose `kind` it is: 'transforms.distill.weight'; one
+  that meets another tuple selects by place, from 0.
   Longer keys are applied after shorter ones, so 'model' (a preset) and 'model.n_layers' may come in any order.
   """
   for key in sorted(changes, key=lambda k: k.count('.')):
@@ -62,6 +63,8 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
 
 def _replace(node: Any, path: list[str], value: Any, key: str) -> Any:
   head, rest = path[0], path[1:]
+  if isinstance(node, tuple) and head.isdigit() and int(head) < len(node) and not _is_section(node[int(head)]):
+    return node[: int(head)] + (value,) + node[int(head) + 1 :]
   if isinstance(node, tuple):
     kinds = [kind_of(item) for item in node]
     if head not in kinds:
@@ -310,7 +313,8 @@ def arm_references(config: Any) -> list[tuple[str, str]]:
         continue
       name = f'{key}.{field.name}' if key else field.name
       if field.metadata.get('arm') and value:
-        found.append((name, value))
+        several = isinstance(value, tuple)
+        found.extend([(f'{name}.{i}', arm) for i, arm in enumerate(value)] if several else [(name, value)])
       elif dataclasses.is_dataclass(value):
         visit(value, name)
       elif isinstance(value, tuple):

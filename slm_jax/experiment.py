@@ -107,3 +107,5 @@ class Config:
     )
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')
+    for transform in self.transforms:
+      transform.check_in(self, f'{key}.transforms.{transform.kind}')

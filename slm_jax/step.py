@@ -16,6 +16,7 @@ arms which differ only there share one executable and can be trained by `jax.vma
 
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -70,23 +71,28 @@ class Transform(NamedTuple):
   """Hooks around a training step; each defaults to the identity. A chain runs them from left to right.
 
   init:       (key, params) -> slot
+  extra:      (key, params) -> params                   more that is trained, kept as params[name]; evaluation and
+                                                        export do not see it
   data:       (slot, params, batch, context) -> batch   before the gradient: teacher signals, rollouts, token weights
   view:       (slot, params, context) -> params         what the forward pass sees: masked, quantised, LoRA-merged
   token_loss: (slot, token_loss_fn) -> token_loss_fn    terms made of a chunk's logits; all share one pass over the head
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
   final:      (slot, params) -> params                  what evaluation and export see
+  judge:      (params, batch, frozen, key) -> Terms     more that a finished model is measured by, on held-out text
   """
 
   name: str
   hparams: Mapping[str, float] = {}  # traced numbers the hooks read, by full name: {'ema.decay': 0.999}
   init: Callable[[jax.Array, Params], Slot] = lambda key, params: ()
+  extra: Callable[[jax.Array, Params], Params] = lambda key, params: {}
   data: Callable[[Slot, Params, Batch, Context], Batch] = lambda slot, params, batch, context: batch
   view: Callable[[Slot, Params, Context], Params] = lambda slot, params, context: params
   token_loss: Callable[[Slot, TokenLossFn], TokenLossFn] = lambda slot, fn: fn
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
+  judge: Callable[[Params, Batch, Mapping[str, Any], jax.Array], Terms] = lambda params, batch, frozen, key: {}
   flops: float = 0.0  # that the hooks add to each trained token, for the books
   parts: tuple['Transform', ...] = ()  # of a chain
 
@@ -96,7 +102,10 @@ class Resources(NamedTuple):
 
   steps: int  # of the whole run, for schedules
   seq_len: int  # for the books
+  vocab: int  # tokens of the tokenizer; what a model has beyond is padding
+  model: Model  # the one that is trained
   load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
+  folder: Path  # for data that are made once and kept
 
 
 class TransformConfig:
@@ -108,6 +117,13 @@ class TransformConfig:
     """The transform, and its entries of `frozen`."""
     raise NotImplementedError
 
+  def open(self, dataset: Any, resources: Resources) -> Any:
+    """The `Dataset` that the arm is trained and evaluated on: this one, unless the transform makes another of it."""
+    return dataset
+
+  def check_in(self, config: Any, key: str) -> None:
+    """ConfigError for what cannot go together with the rest of the arm's `Config`. `check(key)` sees only itself."""
+
 
 def chain(*transforms: Transform) -> Transform:
   """One transform that runs the given ones from left to right. Its slot is `{name: slot}`, flat, so nesting is free."""
@@ -116,9 +132,16 @@ def chain(*transforms: Transform) -> Transform:
   if len(set(names)) != len(names):
     raise ValueError(f'chain: transform names must differ, got {", ".join(names)}')
 
-  def init(key, params):
+  def own(key, p):
     # The key depends on the name and not on the place: another transform leaves this one's randomness alone.
-    return {p.name: p.init(jax.random.fold_in(key, zlib.crc32(p.name.encode())), params) for p in parts}
+    return jax.random.fold_in(key, zlib.crc32(p.name.encode()))
+
+  def init(key, params):
+    return {p.name: p.init(own(key, p), params) for p in parts}
+
+  def extra(key, params):
+    each = {p.name: p.extra(own(key, p), params) for p in parts}
+    return {name: tree for name, tree in each.items() if jax.tree.leaves(tree)}
 
   def data(slots, params, batch, context):
     for p in parts:
@@ -149,11 +172,15 @@ def chain(*transforms: Transform) -> Transform:
   def final(slots, params):
     for p in parts:
       params = p.final(slots[p.name], params)
-    return params
+    return {name: tree for name, tree in params.items() if name not in names}
+
+  def judge(params, batch, frozen, key):
+    return {name: term for p in parts for name, term in p.judge(params, batch, frozen, own(key, p)).items()}
 
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
-  return Transform('chain', hparams, init, data, view, token_loss, loss, after, final, flops, parts)
+  hooks = (init, extra, data, view, token_loss, loss, after, final, judge)
+  return Transform('chain', hparams, *hooks, flops, parts)
 
 
 def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: Transform = chain()) -> TrainState:
@@ -161,6 +188,8 @@ def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: 
   transform = chain(transform)
   hparams = {k: jnp.float32(v) for k, v in {**optimizer.hparams, **transform.hparams}.items()}
   slot_key, step_key = jax.random.split(key)
+  if extra := transform.extra(slot_key, params):
+    params = {**params, **extra}
   return TrainState(
     step=jnp.int32(0),
     key=step_key,

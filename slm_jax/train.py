@@ -49,6 +49,7 @@ class Job(NamedTuple):
   abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
   final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
   measure: Callable[[Params, Batch], Terms]  # the sums that an evaluation is made of
+  judge: Callable[[Params, Batch, Mapping[str, Any], jax.Array], Terms]  # more of them, of the finished model
   place: Place  # a batch onto the devices
   flops: float  # a trained token, teachers included
 
@@ -92,14 +93,20 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     dataset.tokenizer.check_fingerprint(record['tokenizer'], f'arm {arm_id}')
     return decoder.build(model_config), params
 
-  return assemble(config, folder, dataset, mesh, load)
+  return assemble(config, folder, dataset, mesh, load, workdir / 'data')
 
 
-def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.Mesh, load: Load) -> Job:
-  """The job of an arm, from its data, its devices and a way to get at other arms' models."""
+def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.Mesh, load: Load, derived: Path) -> Job:
+  """The job of an arm, from its data, its devices and a way to get at other arms' models.
+
+  derived: folder for data that transforms make.
+  """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  built = [spec.build(Resources(config.train.steps, config.data.seq_len, load)) for spec in config.transforms]
+  resources = Resources(config.train.steps, config.data.seq_len, dataset.tokenizer.vocab_size, model, load, derived)
+  for spec in config.transforms:
+    dataset = spec.open(dataset, resources)
+  built = [spec.build(resources) for spec in config.transforms]
   transform = chain(*(part for part, _ in built))
   frozen = {name: tree for _, its in built for name, tree in its.items()}
   optim = optimizer(config.optim, config.train.steps, config.model.width_ratio)
@@ -143,6 +150,7 @@ def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.
     abstract=sharding.abstract(shapes, layout),
     final=lambda state: transform.final(state.slots, state.params),
     measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk),
+    judge=transform.judge,
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
   )

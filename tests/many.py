@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import tiny  # noqa: E402
 
 from slm_jax import distributed  # noqa: E402
-from slm_jax.distill.online import Distill  # noqa: E402
+from slm_jax.distill.logits import Distill  # noqa: E402
 from slm_jax.experiment import Config  # noqa: E402
 
 STEPS = 30

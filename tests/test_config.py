@@ -27,7 +27,7 @@ from slm_jax.config import (
   to_dict,
 )
 from slm_jax.data.config import DataConfig
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
 from slm_jax.experiment import Config
 from slm_jax.model.config import ModelConfig
@@ -180,6 +180,9 @@ def _another(config: Config, key: str, value: Any) -> Any:
     'muon',
     'linear',
     'sentencepiece',
+    'jsd',
+    'logits',
+    'top_k',
     'other',
   ):
     try:

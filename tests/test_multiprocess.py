@@ -164,7 +164,7 @@ def test_a_teacher_and_a_parent_of_another_arm(alone, two, tmp_path):
     copy(arm(alone) / name, arm(workdir) / name)
   Processes(workdir, arms=STUDENT).done()
   np.testing.assert_allclose(losses(workdir, STUDENT), losses(alone, STUDENT), atol=1e-5)
-  kl = [[line.get('kl', 0.0) for line in lines(where, STUDENT)] for where in (workdir, alone)]
+  kl = [[line.get('distill_kl', 0.0) for line in lines(where, STUDENT)] for where in (workdir, alone)]
   np.testing.assert_allclose(*kl, atol=1e-5)
   assert json.loads((arm(two, STUDENT) / 'run.json').read_text())['summary']['parent_flops'] > 0
 

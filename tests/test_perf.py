@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from slm_jax.ablate import measure
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
 from slm_jax.experiment import Config, TrainConfig
 from slm_jax.model.config import ModelConfig

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from slm_jax import sharding
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import distill
+from slm_jax.distill.logits import distill
 from slm_jax.ema import ema
 from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig

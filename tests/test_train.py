@@ -14,7 +14,7 @@ from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
 from slm_jax.evaluate import evaluate, make_measure
 from slm_jax.experiment import InitConfig

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slm_jax.ablate.arms import expand, sweeps_of
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError, semantic_hash
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
 from slm_jax.experiment import Config
 from slm_jax.model.config import ModelConfig

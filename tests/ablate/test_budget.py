@@ -12,7 +12,7 @@ from slm_jax.ablate import budget, workdir
 from slm_jax.ablate.budget import Amount, Limits
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 
 SHARED = {'name': 'teacher', 'train.steps': 50}
 STUDENTS = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
 
 METHODS = [

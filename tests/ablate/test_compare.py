@@ -10,7 +10,7 @@ from launch.worker import run_arms
 from slm_jax.ablate import compare, results
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 
 METHODS = [{'name': 'teacher'}, {'name': 'student', 'transforms': (Distill('teacher'),)}]
 

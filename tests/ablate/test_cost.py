@@ -6,7 +6,7 @@ from fakes import arms_of, experiment
 from slm_jax import chips, perf
 from slm_jax.ablate import cost, measure
 from slm_jax.ablate.measure import Pace
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.experiment import Config
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.flops import flops_per_token

@@ -11,7 +11,7 @@ from fakes import arms_of, experiment
 from slm_jax import train
 from slm_jax.ablate import measure
 from slm_jax.ablate.measure import Pace
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.experiment import EvalConfig, RunConfig
 
 TEACHER = {'name': 'teacher', 'transforms': (), 'model.d_ff': 48}

@@ -14,7 +14,7 @@ from slm_jax import metrics, sharding, train
 from slm_jax.ablate import alike, population, program
 from slm_jax.checkpoint import load_model, saved
 from slm_jax.config import override, static, traced
-from slm_jax.distill.online import Distill, distill
+from slm_jax.distill.logits import Distill, distill
 from slm_jax.ema import Ema, ema
 from slm_jax.experiment import Config
 from slm_jax.optim import OptimConfig, optimizer
@@ -89,7 +89,8 @@ def stack(states, orders):
 
 def test_fields_marked_as_traced_are_exactly_what_the_step_takes_as_arguments():
   teacher = toy_model()
-  resources = Resources(steps=10, seq_len=6, load=lambda arm: (teacher, teacher.init(jax.random.PRNGKey(0))))
+  params = teacher.init(jax.random.PRNGKey(0))
+  resources = Resources(steps=10, seq_len=6, vocab=11, model=teacher, load=lambda arm: (teacher, params), folder=None)
   for name in ('adamw', 'muon', 'adafactor'):
     config = Config(optim=OptimConfig(name), transforms=(Distill('t', weight=0.3), Prune(0.7), Ema(0.5)))
     transform = chain(*(spec.build(resources)[0] for spec in config.transforms))

@@ -15,7 +15,7 @@ from slm_jax import metrics
 from slm_jax.ablate import plots, results, table, workdir
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 
 METHODS = [
   {'name': 'teacher', 'model.n_layers': 4},

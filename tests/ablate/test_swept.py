@@ -7,7 +7,7 @@ from launch.plan import Plan
 from slm_jax.ablate import plots, results, swept, table, workdir
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import to_dict
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.files import write_json
 
 RATES = [{'optim.learning_rate': rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)]

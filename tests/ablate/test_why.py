@@ -8,7 +8,7 @@ from fakes import arms_of, experiment
 
 from slm_jax.ablate.why import drift, explain
 from slm_jax.config import ConfigError, to_dict
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.revision import source
 
 METHODS = [

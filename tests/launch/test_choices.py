@@ -12,7 +12,7 @@ from fakes import FakeTrain, experiment
 import launch.cli
 from slm_jax.ablate.arms import expand
 from slm_jax.ablate.sweep import product, seeds
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 from slm_jax.revision import source
 
 LR = [{'optim.learning_rate': 2e-3}, {'optim.learning_rate': 3e-3}]

@@ -15,7 +15,7 @@ from launch import report as report_command
 from slm_jax.ablate import workdir
 from slm_jax.ablate.arms import expand
 from slm_jax.ablate.sweep import product, seeds
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 
 REPO = Path(__file__).parents[2]
 LR = [{'optim.learning_rate': 2e-3}, {'optim.learning_rate': 3e-3}]

@@ -20,7 +20,7 @@ from launch import slurm
 from launch.cloud import Result
 from launch.plan import Plan, Unit, units
 from slm_jax.config import ConfigError
-from slm_jax.distill.online import Distill
+from slm_jax.distill.logits import Distill
 
 GOLDEN = Path(__file__).parent / 'golden'
 MANY = [

@@ -1,0 +1,164 @@
+"""What a student is told about the next token: a teacher's distribution, its k largest entries, or draws from it.
+
+All three are computed for a chunk of tokens, [..., V] or [..., K], so that full logits never exist. Each knows its loss
+against the student's logits, and what is to be logged of it: always at temperature 1, so that runs compare.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.distill.divergences import LOWEST, Divergence, kl_of_logs, log_softmax
+from slm_jax.model.api import Batch
+
+Tail = Literal['bucket', 'none', 'renormalize_teacher', 'renormalize_both']
+Nats = jax.Array  # [...], one number a token
+
+
+class Dense(NamedTuple):
+  """All of the distribution."""
+
+  logits: jax.Array  # float32 [..., V]; -inf: no such token
+
+
+class TopK(NamedTuple):
+  """The k largest entries at temperature 1, and how much probability all others have together."""
+
+  ids: jax.Array  # int32 [..., K], all different
+  log_p: jax.Array  # float32 [..., K]
+  log_rest: jax.Array  # float32 [...]; -inf if nothing is left
+
+
+class Sampled(NamedTuple):
+  """Draws from the distribution at temperature 1: an unbiased estimate of it that has few entries."""
+
+  ids: jax.Array  # int32 [..., U]
+  weights: jax.Array  # float32 [..., U], count / draws; entries of weight 0 are padding
+
+
+Signal = Dense | TopK | Sampled
+# (signal, the student's logits, the chunk's entries of the batch, temperature, mix)
+SignalLoss = Callable[[Any, jax.Array, Batch, jax.Array, jax.Array], Nats]
+
+
+# ------------------------------------------------------------------------------------------------------ to make them
+
+
+def top_k(logits: jax.Array, k: int) -> TopK:
+  """Of float32 logits [..., V]; k <= V."""
+  log_p = log_softmax(logits)
+  kept, ids = jax.lax.top_k(log_p, k)
+  rest = _without(log_p, ids)
+  return TopK(ids, kept, jax.nn.logsumexp(rest, axis=-1))
+
+
+def sampled(logits: jax.Array, uniform: jax.Array) -> Sampled:
+  """One draw for each of the numbers in [0, 1), [..., U], by the inverse of the cumulative distribution."""
+  total = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
+  flat = total.reshape(-1, total.shape[-1]), uniform.reshape(-1, uniform.shape[-1])
+  # Up to the last total, which rounding leaves beside 1; side='right' never gives an entry of probability 0.
+  ids = jax.vmap(lambda sums, u: jnp.searchsorted(sums, u * sums[-1], side='right'))(*flat)
+  ids = jnp.minimum(ids, total.shape[-1] - 1).astype(jnp.int32).reshape(uniform.shape)
+  return Sampled(ids, jnp.full(uniform.shape, 1 / uniform.shape[-1], jnp.float32))
+
+
+def _without(values: jax.Array, ids: jax.Array) -> jax.Array:
+  """[..., V] with -inf at the ids [..., K]."""
+  rows = values.reshape(-1, values.shape[-1])
+  out = rows.at[jnp.arange(len(rows))[:, None], ids.reshape(-1, ids.shape[-1])].set(-jnp.inf)
+  return out.reshape(values.shape)
+
+
+# ------------------------------------------------------------------------------------------------------- their losses
+
+
+def dense_loss(divergence: Divergence) -> SignalLoss:
+  """T^2 D(p_T, q_T), p_T = softmax(z / T): the gradient's size does not depend on T (arXiv 1503.02531)."""
+
+  def loss(signal: Dense, logits, tokens, temperature, mix):
+    return temperature**2 * divergence(signal.logits / temperature, logits / temperature, mix)
+
+  return loss
+
+
+def policy_gradient() -> SignalLoss:
+  """The estimate log q(y)/p(y) of KL(q || p) by the student's own draw y, the target; its gradient is REINFORCE's.
+
+  Each token has its own reward log p(y) - log q(y), with no discount over later ones ("on-policy distillation"). The
+  mean over draws of value and gradient are those of KL(q || p) at each position. At T = 1, whatever T is.
+  """
+
+  def loss(signal: Dense, logits, tokens, temperature, mix):
+    at = tokens['targets'][..., None]
+    log_p, log_q = (jnp.take_along_axis(log_softmax(z), at, axis=-1)[..., 0] for z in (signal.logits, logits))
+    estimate = jax.lax.stop_gradient(log_q - log_p)
+    return estimate + estimate * (log_q - jax.lax.stop_gradient(log_q))
+
+  return loss
+
+
+def top_k_loss(tail: Tail = 'bucket') -> SignalLoss:
+  """KL over the support S of the k entries; tail says what becomes of the probability P_R outside of it.
+
+    bucket               KL of {in S, not in S}, plus P_S T^2 KL_T(p(.|S) || q(.|S)); at T = 1 the same as
+                         sum_S p log(p/q) + P_R log(P_R/Q_R), one more class (LFM2, arXiv 2511.23404)
+
+  The others are what other toolkits do. They are wrong, and here to show what that costs (experiments/sparse_targets):
+
+    none                 sum_S p log(p/q): q = p / P_S is its minimum
+    renormalize_teacher  KL(p(.|S) || q): the same minimum
+    renormalize_both     KL(p(.|S) || q(.|S)): no gradient at all outside of S
+  """
+
+  def loss(signal: TopK, logits, tokens, temperature, mix):
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    z_S = jnp.take_along_axis(logits, signal.ids, axis=-1)
+    log_q_S = jnp.maximum(z_S - log_z[..., None], LOWEST)
+    if tail == 'none':
+      return kl_of_logs(signal.log_p, log_q_S)
+    p_tempered, q_tempered = log_softmax(signal.log_p / temperature), log_softmax(z_S / temperature)
+    if tail == 'renormalize_teacher':
+      return kl_of_logs(log_softmax(signal.log_p), log_q_S)
+    if tail == 'renormalize_both':
+      return temperature**2 * kl_of_logs(p_tempered, q_tempered)
+    log_in = jax.nn.logsumexp(signal.log_p, axis=-1)
+    log_q_in = jax.nn.logsumexp(log_q_S, axis=-1)
+    # Not log(1 - Q_S), which has no digits left where Q_S is near 1.
+    log_q_rest = jax.nn.logsumexp(_without(logits, signal.ids), axis=-1) - log_z
+    inside = temperature**2 * kl_of_logs(p_tempered, q_tempered)
+    log_p_2 = jnp.maximum(jnp.stack([log_in, signal.log_rest], axis=-1), LOWEST)
+    log_q_2 = jnp.maximum(jnp.stack([log_q_in, log_q_rest], axis=-1), LOWEST)
+    return kl_of_logs(log_p_2, log_q_2) + jnp.exp(log_in) * inside
+
+  return loss
+
+
+def sampled_loss() -> SignalLoss:
+  """-sum_i t_i log q_i (RS-KD, arXiv 2503.16870): a cross-entropy, whose gradient is that of KL(p || q) in the mean."""
+
+  def loss(signal: Sampled, logits, tokens, temperature, mix):
+    z = jnp.take_along_axis(logits, signal.ids, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - (signal.weights * z).sum(-1)
+
+  return loss
+
+
+# ------------------------------------------------------------------------------------------------------- for the log
+
+
+def logged(signal: Signal, logits: jax.Array) -> dict[str, Nats]:
+  """At temperature 1. kl: KL(p || q), or that of the k entries and the rest, its lower bound. entropy: of the teacher.
+
+  Draws say neither.
+  """
+  if isinstance(signal, Dense):
+    log_p = log_softmax(signal.logits)
+    entropy = -(jnp.exp(log_p) * log_p).sum(-1)
+    cross = -(jnp.exp(log_p) * log_softmax(logits)).sum(-1)
+    return {'kl': cross - entropy, 'entropy': entropy}
+  if isinstance(signal, TopK):
+    one = jnp.float32(1)
+    return {'kl': top_k_loss('bucket')(signal, logits, {}, one, one)}
+  return {}
