@@ -1,7 +1,7 @@
 """Sequences -> batches. A batch is a pure function of (seed, step), on any number of hosts.
 
 Batch entries (numpy, [B, T] with T = seq_len): inputs, targets, segments int32, where segments are those of the inputs
-and 0 is padding; mask float32, 1 where the target is a token of the same document as the input.
+and 0 is padding; mask float32, 1 where the target is a token of the same document as the input and not of its prompt.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ def _batch(sequences: Sequence[np.ndarray]) -> HostBatch:
   return {
     'inputs': tokens[:, :-1],
     'targets': tokens[:, 1:],
-    'segments': segments[:, :-1],
+    'segments': packing.documents(segments[:, :-1]),
     'mask': packing.mask(segments).astype(np.float32),
   }
 

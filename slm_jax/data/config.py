@@ -8,7 +8,7 @@ from slm_jax.config import require, setting
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Sources are 'stories', 'python_stdlib', a file, a folder, a glob, or 'hf:NAME'; see data/sources.py.
+  """Sources are 'stories', 'addition', 'python_stdlib', a file, a folder, a glob, or 'hf:NAME'; see data/sources.py.
 
   Paths are not part of an arm's identity; `content`, the hash of what they hold, is. It is filled in when an experiment
   is resolved (`sources.fingerprint`).
@@ -21,14 +21,16 @@ class DataConfig:
   content: str = ''
   text_field: str = 'text'  # of JSONL, Parquet and Hugging Face records
   errors: Literal['strict', 'replace', 'skip'] = 'strict'  # of text that is not UTF-8, lines that are not records
-  documents: int = (
-    0  # at most so many from each source, or from its train and its valid files; 0: all (stories: 20,000)
-  )
+  documents: int = 0  # at most so many from each source, or from its train and its valid files; 0: all (drawn: 20,000)
   tokenizer: Literal['bytes', 'sentencepiece'] = 'bytes'
   tokenizer_file: str = setting('', semantic=False)  # a SentencePiece .model; empty: trained on the training split
   vocab_size: int = 512  # of a SentencePiece that is trained here
   seq_len: int = 128
-  packing: Literal['split', 'whole'] = 'split'  # whole: only a document longer than seq_len is cut
+  packing: Literal['split', 'whole', 'single'] = 'split'  # whole: only a document longer than seq_len is cut;
+  # single: one document a sequence, and a longer one is an error
+  prompt_end: str = (
+    ''  # one token, which every document holds: up to the first one nothing is predicted; '': no prompts
+  )
   batch_size: int = 32  # sequences in a global batch
   seed: int = 0  # order of the batches
 

@@ -3,7 +3,7 @@
 A document is <bos> text <eos>. A record's segment ids count the documents in it from 1; padding is segment 0. Only a
 token whose predecessor stands in the same segment is predicted, so no document ever looks into another one; and every
 token but <bos> is predicted exactly once, for where a document is cut the next piece begins with the last token of the
-one before.
+one before. Tokens of a document's prompt, whose ids carry the flag PROMPT, are not predicted.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,23 +11,33 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slm_jax.config import require
+
+PROMPT = 1 << 15  # in a segment id: the token belongs to the document's prompt
 OPEN = 64  # records that wait for a document that fills them
 
 
 class Piece(NamedTuple):
   tokens: np.ndarray
   nats: float | None  # exact -log p of the predicted tokens, if known
+  prompt: int = 0  # of the tokens, so many at the start belong to the prompt
 
 
 class Record(NamedTuple):
   tokens: np.ndarray  # [L + 1]
-  segments: np.ndarray  # [L + 1] uint16
+  segments: np.ndarray  # [L + 1] uint16, with flags
   nats: float | None
 
 
 def mask(segments: np.ndarray) -> np.ndarray:
-  """[..., L + 1] segment ids -> [..., L]: is the target a token of the same document as the input?"""
-  return (segments[..., 1:] == segments[..., :-1]) & (segments[..., :-1] > 0)
+  """[..., L + 1] segment ids -> [..., L]: is the target a token of the same document as the input, after its prompt?"""
+  ids = documents(segments)
+  return (ids[..., 1:] == ids[..., :-1]) & (ids[..., :-1] > 0) & (segments[..., 1:] < PROMPT)
+
+
+def documents(segments: np.ndarray) -> np.ndarray:
+  """The segment ids without flags."""
+  return segments % PROMPT
 
 
 def split(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
@@ -41,7 +51,7 @@ def split(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
         yield _record(pieces, length, pad)
         pieces, used, at = [], 0, max(at - 1, 0)  # the last token is the first input of the next record
       tokens = document.tokens[at : at + length + 1 - used]
-      pieces.append(Piece(tokens, None))
+      pieces.append(Piece(tokens, None, max(document.prompt - at, 0)))
       used, at = used + len(tokens), at + len(tokens)
   if pieces:
     yield _record(pieces, length, pad)
@@ -66,13 +76,23 @@ def whole(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
     yield _record(pieces, length, pad)
 
 
+def single(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
+  """One document a record. ConfigError for one of more than `length` + 1 tokens: cut, it would have no end."""
+  for number, document in enumerate(documents, 1):
+    n = len(document.tokens)
+    require(
+      n <= length + 1, f'data.packing=single: document {number} has {n} tokens, data.seq_len={length} + 1 allowed'
+    )
+    yield _record([document], length, pad)
+
+
 def _cut(document: Piece, length: int) -> Iterator[Piece]:
   n = len(document.tokens)
   if n <= length + 1:
     yield document
     return
   for start in range(0, n - 1, length):
-    yield Piece(document.tokens[start : start + length + 1], None)
+    yield Piece(document.tokens[start : start + length + 1], None, max(document.prompt - start, 0))
 
 
 def _record(pieces: list[Piece], length: int, pad: int) -> Record:
@@ -82,6 +102,7 @@ def _record(pieces: list[Piece], length: int, pad: int) -> Record:
   for segment, piece in enumerate(pieces, 1):
     tokens[at : at + len(piece.tokens)] = piece.tokens
     segments[at : at + len(piece.tokens)] = segment
+    segments[at : at + min(piece.prompt, len(piece.tokens))] |= PROMPT
     at += len(piece.tokens)
   known = [piece.nats for piece in pieces if piece.nats is not None]
   return Record(tokens, segments, sum(known) if len(known) == len(pieces) else None)

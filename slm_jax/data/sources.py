@@ -1,6 +1,7 @@
 """Source strings -> documents, each with its split.
 
     'stories'            the grammar of stories.py
+    'addition'           sums of two numbers, worked out digit by digit: addition.py
     'python_stdlib'      the source text of the running interpreter's standard library
     'file.txt'           one document; so are .md, .py, ... and each of them may end in .gz
     'file.jsonl'         one document a line, in the field data.text_field; 'file.parquet' one a row
@@ -25,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from slm_jax.config import ConfigError, require
-from slm_jax.data import records, stories
+from slm_jax.data import addition, records, stories
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Document, Report
 
 Role = Literal['both', 'train', 'valid']  # for what a source is used
 Split = Literal['train', 'valid']
-EMBEDDED = ('stories', 'python_stdlib')
+EMBEDDED = ('stories', 'addition', 'python_stdlib')
 
 _SPLIT = re.compile(r'(train|valid|val|dev|test)(?:ing|ation)?(?![a-z])')
 
@@ -69,8 +70,8 @@ def digest(value: Any) -> str:
 
 
 def _open(name: str, role: Role, config: DataConfig, key: str) -> Source:
-  if name == 'stories':
-    return Source(name, role, _stories(role, config), stories.fingerprint())
+  if name in _DRAWN:
+    return Source(name, role, _drawn(name, role, config), _DRAWN[name][1]())
   if name == 'python_stdlib':
     files = stdlib_files()
     return Source(name, role, {'all': _reader(files, config)}, _hash_files({'all': files}))
@@ -190,15 +191,25 @@ def _hash_file(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ embedded, and the hub
 
 
-def _stories(role: Role, config: DataConfig) -> dict[str, Callable[[Report], Iterator[Document]]]:
-  """Stories are drawn anew for each split; with their exact nats."""
-  n = config.documents or stories.DOCUMENTS
+_DRAWN: dict[str, tuple[Callable[[int, str], Iterator[Document]], Callable[[], str]]] = {  # documents, fingerprint
+  'stories': (
+    lambda n, split: (Document(text, nats) for text, nats in stories.documents(n, f'stories {split}')),
+    stories.fingerprint,
+  ),
+  'addition': (lambda n, split: map(Document, addition.documents(n, split)), addition.fingerprint),
+}
+DOCUMENTS = 20_000  # that are drawn, if the configuration does not say
+
+
+def _drawn(name: str, role: Role, config: DataConfig) -> dict[str, Callable[[Report], Iterator[Document]]]:
+  """Documents that are drawn anew for each split; stories with their exact nats."""
+  n = config.documents or DOCUMENTS
   held_out = max(1, round(n * config.valid_fraction))
   sizes = {'train': n - held_out, 'valid': held_out} if role == 'both' else {role: n}
-  require(all(sizes.values()), f'data.documents={config.documents}: too few stories to split')
+  require(all(sizes.values()), f'data.documents={config.documents}: too few {name} to split')
 
   def reader(split: str, size: int) -> Callable[[Report], Iterator[Document]]:
-    return lambda report: (Document(text, nats) for text, nats in stories.documents(size, f'stories {split}'))
+    return lambda report: _DRAWN[name][0](size, split)
 
   return {split: reader(split, size) for split, size in sizes.items()}
 

@@ -1,7 +1,7 @@
 """Packed token sequences on disk: an ArrayRecord file a split, written once, keyed by all that matters to its content.
 
 A record is 2 (L + 1) little-endian numbers: the tokens (uint16, or uint32 for a large vocabulary), then the segment ids
-(uint16). See packing.py for what they mean, and folder.py for how a store is kept whole.
+with their flags (uint16). See packing.py for what they mean, and folder.py for how a store is kept whole.
 """
 
 import collections
@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from slm_jax.config import ConfigError
+from slm_jax.config import ConfigError, require
 from slm_jax.data import folder, packing, sources
 from slm_jax.data.config import DataConfig
 from slm_jax.data.folder import MANIFEST
@@ -28,6 +28,7 @@ from slm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the files; part of the key
 _OPTIONS = 'group_size:1,zstd'  # one record a chunk, for random access
+_PACK = {'split': packing.split, 'whole': packing.whole, 'single': packing.single}
 _SAID = {'bad': 'bad records were skipped or mended', 'left_out': 'files were left out'}
 
 
@@ -86,7 +87,7 @@ def open_store(
     'tokenizer': tokenizer.fingerprint,
     **{
       name: getattr(config, name)
-      for name in ('seq_len', 'packing', 'errors', 'text_field', 'documents', 'valid_fraction')
+      for name in ('seq_len', 'packing', 'prompt_end', 'errors', 'text_field', 'documents', 'valid_fraction')
     },
   }
   path = cache / f'tokens-{sources.digest(key)}'
@@ -122,18 +123,27 @@ def _write(
   path: Path, documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer, wide: bool
 ) -> dict[str, Any]:
   """Writes one split; returns what there is to know about it."""
-  counts: collections.Counter[str] = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()  # bytes: of the predicted tokens
+  marker = _prompt_end(config, tokenizer)
 
   def pieces() -> Iterator[Piece]:
     for document in documents:
-      tokens = np.array([tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos], np.uint32)
-      counts.update(documents=1, bytes=len(document.text.encode()), tokens=len(tokens))
-      yield Piece(tokens, document.nats)
+      text = tokenizer.encode(document.text)
+      tokens = np.array([tokenizer.bos, *text, tokenizer.eos], np.uint32)
+      counts.update(documents=1, tokens=len(tokens))
+      if marker is None:
+        counts.update(bytes=len(document.text.encode()))
+        yield Piece(tokens, document.nats)
+        continue
+      start = document.text[:40]
+      require(marker in text, f'data.prompt_end={config.prompt_end!r}: not a token of the document {start!r}')
+      prompt = text.index(marker) + 2
+      counts.update(bytes=int(tokenizer.byte_lengths[text[prompt - 1 :]].sum()))
+      yield Piece(tokens, None, prompt)
 
-  pack = packing.whole if config.packing == 'whole' else packing.split
   writer = ArrayRecordWriter(str(path), _OPTIONS)
   predicted, padding, nats = [], 0, []
-  for record in pack(pieces(), config.seq_len, tokenizer.pad):
+  for record in _PACK[config.packing](pieces(), config.seq_len, tokenizer.pad):
     padding += int((record.segments == 0).sum())
     writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u2').tobytes())
     predicted.append(int(packing.mask(record.segments).sum()))
@@ -142,3 +152,12 @@ def _write(
   known = {'nats': nats, 'predicted_each': predicted} if None not in nats else {}
   share = padding / (len(predicted) * (config.seq_len + 1))
   return {**counts, 'records': len(predicted), 'predicted': sum(predicted), 'padding': share, **known}
+
+
+def _prompt_end(config: DataConfig, tokenizer: Tokenizer) -> int | None:
+  """The token after which a document's prompt is over; None without prompts."""
+  if not config.prompt_end:
+    return None
+  tokens = tokenizer.encode(config.prompt_end)
+  require(len(tokens) == 1, f'data.prompt_end={config.prompt_end!r}: must be one token, and is {len(tokens)}')
+  return tokens[0]

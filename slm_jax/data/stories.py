@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from slm_jax.data import grammar
 from slm_jax.data.grammar import Record
 
-DOCUMENTS = 20_000  # of the source 'stories', if the configuration does not say
-
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
