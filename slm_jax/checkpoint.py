@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from slm_jax import distributed, sharding
+from slm_jax.checksum import checksum
 from slm_jax.config import ConfigError, from_dict, to_dict
 from slm_jax.files import disk_errors, write_json
 from slm_jax.model import decoder
@@ -107,22 +107,6 @@ class Checkpoints:
 def saved(folder: Path) -> list[int]:
   """The steps of the finished checkpoints in a folder, without opening any."""
   return sorted(int(path.name) for path in folder.glob('[0-9]*') if path.name.isdigit())
-
-
-@jax.jit
-def checksum(state: Any) -> jax.Array:
-  """uint32: sum over arrays of (index + 1) * sum of the elements' bits, modulo 2^32; the same on any topology."""
-  total = jnp.uint32(0)
-  for i, leaf in enumerate(jax.tree.leaves(state)):
-    total += jnp.uint32(2 * i + 1) * _bits(leaf).sum(dtype=jnp.uint32)
-  return total
-
-
-def _bits(x: jax.Array) -> jax.Array:
-  if x.dtype == jnp.bool_:
-    return x.astype(jnp.uint32)
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
 # ------------------------------------------------------------------------------------------------- finished models

@@ -112,6 +112,7 @@ class TransformConfig:
   """What an experiment file says of a transform: a frozen dataclass with a `kind` and a `build`."""
 
   kind: ClassVar[str]
+  online: ClassVar[bool] = True  # whether the arms that it names run along in each step
 
   def build(self, resources: Resources) -> tuple['Transform', dict[str, Any]]:
     """The transform, and its entries of `frozen`."""
@@ -120,6 +121,14 @@ class TransformConfig:
   def open(self, dataset: Any, resources: Resources) -> Any:
     """The `Dataset` that the arm is trained and evaluated on: this one, unless the transform makes another of it."""
     return dataset
+
+  def stand_in(self, dataset: Any, resources: Resources) -> Any:
+    """What a measurement takes for `open`: a `Dataset` of the same shapes, made of nothing and from no files."""
+    return dataset
+
+  def resolved(self, key: str) -> 'TransformConfig':
+    """This, with what its files hold in place of where they are; ConfigError if they are missing. Needs no devices."""
+    return self
 
   def check_in(self, config: Any, key: str) -> None:
     """ConfigError for what cannot go together with the rest of the arm's `Config`. `check(key)` sees only itself."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
 from slm_jax import config as configs
@@ -42,6 +41,7 @@ class Job(NamedTuple):
   config: Config
   folder: Path
   dataset: Dataset
+  opened: Callable[[Dataset], Dataset]  # what the transforms make of data, here of those in another order
   step: Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]  # not compiled yet
   frozen: Mapping[str, Any]
   fresh: Callable[[Config], TrainState]  # of this arm, or of any that differs from it in traced numbers only
@@ -68,7 +68,7 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       summary = train(job, stop, arm_id)
-      return record.done({**summary, **cost_of_parents(config, workdir)})
+      return record.done({**summary, **cost_of_parents(job, workdir)})
   except Exception as error:
     return record.ended(error)
 
@@ -96,16 +96,29 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   return assemble(config, folder, dataset, mesh, load, workdir / 'data')
 
 
-def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.Mesh, load: Load, derived: Path) -> Job:
+def assemble(
+  config: Config,
+  folder: Path,
+  dataset: Dataset,
+  mesh: jax.sharding.Mesh,
+  load: Load,
+  derived: Path,
+  stand_in: bool = False,
+) -> Job:
   """The job of an arm, from its data, its devices and a way to get at other arms' models.
 
-  derived: folder for data that transforms make.
+  derived: folder for data that transforms make. stand_in: whether they make none, for a measurement.
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
   resources = Resources(config.train.steps, config.data.seq_len, dataset.tokenizer.vocab_size, model, load, derived)
-  for spec in config.transforms:
-    dataset = spec.open(dataset, resources)
+
+  def opened(dataset: Dataset) -> Dataset:
+    for spec in config.transforms:
+      dataset = (spec.stand_in if stand_in else spec.open)(dataset, resources)
+    return dataset
+
+  dataset = opened(dataset)
   built = [spec.build(resources) for spec in config.transforms]
   transform = chain(*(part for part, _ in built))
   frozen = {name: tree for _, its in built for name, tree in its.items()}
@@ -143,6 +156,7 @@ def assemble(config: Config, folder: Path, dataset: Dataset, mesh: jax.sharding.
     config=config,
     folder=folder,
     dataset=dataset,
+    opened=opened,
     step=step,
     frozen=frozen,
     fresh=fresh,
@@ -230,16 +244,17 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
 
 def hardware_flops(job: Job) -> float:
   """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
-  data = job.config.data
-  ids = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32)
-  batch = {**dict.fromkeys(('inputs', 'targets', 'segments'), ids), 'mask': ids.update(dtype=jnp.float32)}
+  rows = job.config.data.batch_size
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype) for name, entry in job.dataset.batch(0).items()
+  }
   return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, batch, job.frozen))
 
 
-def cost_of_parents(config: Config, workdir: Path) -> dict[str, float]:
-  """FLOPs that went into the arms this one builds on: a teacher's training, and its own parents'."""
-  total = 0.0
-  for arm in {arm for _, arm in configs.arm_references(config)}:
+def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
+  """FLOPs that went into what this arm builds on: a teacher's training, its own parents', data that were made."""
+  total = job.dataset.flops
+  for arm in {arm for _, arm in configs.arm_references(job.config)}:
     summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
     total += summary['flops'] + summary['parent_flops']
   return {'parent_flops': total}

@@ -17,6 +17,7 @@ FLOORS = [
     'slm_jax.preempt',
     'slm_jax.distributed',
     'slm_jax.perf',
+    'slm_jax.checksum',
     'slm_jax.chips',
     'slm_jax.energy',
     'slm_jax.revision',

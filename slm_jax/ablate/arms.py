@@ -34,7 +34,6 @@ if TYPE_CHECKING:
   from slm_jax.experiment import Config
 
 MANY = 10_000  # arms of a sweep; more are likely a mistake
-DERIVED = ('name', 'data.content')  # what is computed, or a mere label, tells nobody how two arms differ
 
 
 class Arm(NamedTuple):
@@ -155,7 +154,9 @@ def wants_base(function: Callable[..., Any], already: int = 0) -> bool:
 def _resolve(base: 'Config', change: Changes, content: 'Callable[[DataConfig], str]') -> 'Config':
   try:
     config = check(override(base, change))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, content=content(config.data)))
+    data = dataclasses.replace(config.data, content=content(config.data))
+    transforms = tuple(part.resolved(f'config.transforms.{part.kind}') for part in config.transforms)
+    return dataclasses.replace(config, data=data, transforms=transforms)
   except ConfigError as error:
     where = ', '.join(f'{k}={shown(v)}' for k, v in change.items())
     raise ConfigError(f'{error} (in the arm {where})' if change else str(error)) from None
@@ -322,7 +323,9 @@ def differences(base: 'Config', other: 'Config') -> dict[str, tuple[Any, Any]]:
   """`config.diff` for people: without labels and what is computed; a new transform is held against its defaults."""
   own = {type(part): part for part in base.transforms}
   like = dataclasses.replace(base, transforms=tuple(own.get(type(part), type(part)()) for part in other.transforms))
-  changed = {key: values for key, values in diff(_flat(like), other).items() if key not in DERIVED}
+  # What is computed, or a mere label, tells nobody how two arms differ.
+  told = {key: values for key, values in diff(_flat(like), other).items() if key != 'name'}
+  changed = {key: values for key, values in told.items() if not key.endswith('.content')}
   before, here = ([kind_of(part) for part in config.transforms] for config in (base, other))
   return changed if before == here else {'transforms': (before, here), **changed}
 

@@ -70,7 +70,8 @@ def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> tuple[int, float]:
   """`(tokens, model FLOPs)` of an arm's training: own forward and backward, and its teachers' forward passes."""
   data, model = arm.config.data, arm.config.model
   tokens = arm.config.train.steps * data.batch_size * data.seq_len
-  teachers = [arms[parent].config.model for key, parent in arm.parents.items() if key.startswith('transforms.')]
+  online = tuple(f'transforms.{part.kind}.' for part in arm.config.transforms if part.online)
+  teachers = [arms[parent].config.model for key, parent in arm.parents.items() if key.startswith(online)]
   a_token = flops_per_token(model, data.seq_len)
   a_token += sum(flops_per_token(teacher, data.seq_len, backward=False) for teacher in teachers)
   return tokens, tokens * a_token

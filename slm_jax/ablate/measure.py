@@ -216,7 +216,7 @@ def stand_in(config: Config, everyone: Mapping[str, Arm], folder: Path, allocate
     params = jax.jit(model.init)(jax.random.PRNGKey(0))
     return model, sharding.place(params, decoder.logical_axes(model.config), mesh)
 
-  return train.assemble(config, folder, noise(config), mesh, load, folder)
+  return train.assemble(config, folder, noise(config), mesh, load, folder, stand_in=True)
 
 
 def noise(config: Config) -> Dataset:

@@ -69,7 +69,7 @@ class Member:
 
   def finish(self, state: TrainState, workdir: Path) -> None:
     results = {**self.log.evaluated[self.config.train.steps], **self.ledger.record()}
-    self.code = self._record.done({**finish(self.job, state, results), **cost_of_parents(self.config, workdir)})
+    self.code = self._record.done({**finish(self.job, state, results), **cost_of_parents(self.job, workdir)})
 
 
 def by_progress(arms: Mapping[str, Config], workdir: Path) -> list[dict[str, Config]]:
@@ -163,7 +163,7 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
         job = prepare(members[0].config, workdir, workdir)
         for member in members:
           member.open(job, files)
-        batch = batches_of(members[0].config, seeds, workdir)
+        batch = batches_of(job, seeds, workdir)
         shape, side_by_side = (len(seeds), per_order), jax.default_backend() != 'cpu'
         program, needed = compile_program(job, shape, job.place(batch(0)), side_by_side)
         if needed > memory_limit() and len(arms) > 1:
@@ -181,11 +181,10 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
   return {member.arm_id: member.code for member in members if member.code is not None}
 
 
-def batches_of(config: Config, seeds: Sequence[int], workdir: Path) -> Callable[[int], dict[str, np.ndarray]]:
+def batches_of(job: Job, seeds: Sequence[int], workdir: Path) -> Callable[[int], dict[str, np.ndarray]]:
   """step -> the batches [S, B, T] of all orders of the data."""
-  datasets = [
-    open_data(dataclasses.replace(config.data, seed=seed, content=''), workdir / 'data', logging.info) for seed in seeds
-  ]
+  orders = [dataclasses.replace(job.config.data, seed=seed, content='') for seed in seeds]
+  datasets = [job.opened(open_data(data, workdir / 'data', logging.info)) for data in orders]
 
   def batch(step: int) -> dict[str, np.ndarray]:
     rows = [dataset.batch(step) for dataset in datasets]

@@ -44,10 +44,17 @@ def _seed(seed: int, part: int) -> int:
   return int.from_bytes(hashlib.sha256(f'{seed} {part}'.encode()).digest()[:4], 'little')
 
 
-def train_batch(sequences: Sequences, step: int, size: int, host: int = 0, hosts: int = 1) -> HostBatch:
+# More entries [B, T, ...] of a batch, by its sequences.
+Join = Callable[[Sequence[np.ndarray]], HostBatch]
+
+
+def train_batch(
+  sequences: Sequences, step: int, size: int, host: int = 0, hosts: int = 1, joins: Sequence[Join] = ()
+) -> HostBatch:
   """Rows [host/hosts, (host + 1)/hosts) of the global batch of `size` sequences that `step` is taken on."""
   rows = range(step * size + host * size // hosts, step * size + (host + 1) * size // hosts)
-  return _batch([sequences[i] for i in rows])
+  taken = [sequences[i] for i in rows]
+  return {**batch_of(taken), **{name: entry for join in joins for name, entry in join(taken).items()}}
 
 
 def valid_batches(
@@ -56,7 +63,7 @@ def valid_batches(
   """The chosen sequences in order, `size` in a global batch; the last one is filled up with rows of mask 0."""
   for start in range(0, len(chosen), size):
     rows = range(start + host * size // hosts, start + (host + 1) * size // hosts)
-    yield _batch([sequences[chosen[i]] if i < len(chosen) else np.zeros_like(sequences[chosen[0]]) for i in rows])
+    yield batch_of([sequences[chosen[i]] if i < len(chosen) else np.zeros_like(sequences[chosen[0]]) for i in rows])
 
 
 def spread(n: int, k: int) -> list[int]:
@@ -65,7 +72,8 @@ def spread(n: int, k: int) -> list[int]:
   return [i * n // k for i in range(k)]
 
 
-def _batch(sequences: Sequence[np.ndarray]) -> HostBatch:
+def batch_of(sequences: Sequence[np.ndarray]) -> HostBatch:
+  """Sequences [2, L + 1] as a batch."""
   both = np.stack(sequences).astype(np.int32)
   tokens, segments = both[:, 0], both[:, 1]
   return {

@@ -9,7 +9,7 @@ import grain
 
 from slm_jax.config import require
 from slm_jax.data import batches, folder, sources, tokenizer
-from slm_jax.data.batches import HostBatch, Prefetch
+from slm_jax.data.batches import HostBatch, Join, Prefetch
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Report
 from slm_jax.data.sources import Source
@@ -27,10 +27,12 @@ class Dataset(NamedTuple):
   valid: grain.MapDataset  # [2, seq_len + 1] by index, in the order of the text
   host: int = 0
   hosts: int = 1
+  joins: tuple[Join, ...] = ()  # what a training batch has beside its text
+  flops: float = 0.0  # that it took to make that
 
   def batch(self, step: int) -> HostBatch:
     """This host's rows of the batch that `step` (0, 1, ...) is taken on; a pure function of (config.seed, step)."""
-    return batches.train_batch(self.train, step, self.config.batch_size, self.host, self.hosts)
+    return batches.train_batch(self.train, step, self.config.batch_size, self.host, self.hosts, self.joins)
 
   def batches(self, start: int, ahead: int = 2, put: Callable[[Any], Any] = lambda x: x) -> Prefetch:
     """batch(start), batch(start + 1), ... by a thread that is `ahead` of its consumer; to be used in a `with`."""
