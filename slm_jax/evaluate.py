@@ -20,8 +20,14 @@ from slm_jax.model.decode import generate
 BINS = 15
 
 
-def make_measure(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callable[[Params, Batch], Terms]:
-  """The pure function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token."""
+def make_measure(
+  model: Model, byte_lengths: np.ndarray, chunk: int, completions: bool = False
+) -> Callable[[Params, Batch], Terms]:
+  """The pure function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token.
+
+  completions: a row is one document with a prompt; count those whose greedy completion is the document's. It is, up to
+  its end, exactly if each token is the most likely one after the document's own tokens before it: no need to decode.
+  """
   cross_entropy = losses.cross_entropy()
   lengths = np.zeros(model.config.vocab_size, np.float32)
   lengths[: len(byte_lengths)] = byte_lengths
@@ -37,10 +43,16 @@ def make_measure(model: Model, byte_lengths: np.ndarray, chunk: int) -> Callable
       'bytes': Term((jnp.asarray(lengths)[tokens['targets']] * mask).sum(), mask.sum(), 0.0),
       'confidence': Term((bins * confidence[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
       'correct': Term((bins * hits[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
+      **({'misses': Term(((1 - hits) * mask).sum(1), mask.sum(1), 0.0)} if completions else {}),
     }
 
   def measure(params, batch):
-    return losses.over_chunks(token_loss, model.head, params, model.hidden(params, batch), batch, None, chunk)
+    terms = losses.over_chunks(token_loss, model.head, params, model.hidden(params, batch), batch, None, chunk)
+    if completions:
+      misses = terms.pop('misses')  # [B]
+      rows = misses.count > 0
+      terms['exact_match'] = Term(((misses.sum == 0) & rows).sum(dtype=jnp.float32), rows.sum(dtype=jnp.float32), 0.0)
+    return terms
 
   return measure
 
@@ -71,13 +83,16 @@ def means(total: Terms) -> dict[str, float]:
 
   loss: nats per token. bits_per_byte: total nats / ln 2 / total bytes. ece: expected calibration error of the most
   likely token, 15 equal bins of confidence: sum_b n_b/N |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
+  exact_match: share of completions that are right as a whole, where they were counted.
   """
   nats, count = float(total['loss'].sum), float(total['loss'].count)
   n_bytes = float(total['bytes'].sum)
   ece = np.abs(total['correct'].sum - total['confidence'].sum).sum() / max(count, 1)
   loss = nats / max(count, 1)
+  exact = {k: float(v.sum) / max(float(v.count), 1) for k, v in total.items() if k == 'exact_match'}
   return {
     'loss': loss,
+    **exact,
     'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes else float('nan'),
     'perplexity': math.exp(min(loss, 700)),
     'accuracy': float(total['accuracy'].sum) / max(count, 1),

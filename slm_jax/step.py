@@ -73,7 +73,8 @@ class Transform(NamedTuple):
   init:       (key, params) -> slot
   extra:      (key, params) -> params                   more that is trained, kept as params[name]; evaluation and
                                                         export do not see it
-  data:       (slot, params, batch, context) -> batch   before the gradient: teacher signals, rollouts, token weights
+  data:       (slot, params, batch, context) -> batch   before the gradient: teacher signals, rollouts, token weights;
+                                                        params as the forward pass sees them
   view:       (slot, params, context) -> params         what the forward pass sees: masked, quantised, LoRA-merged
   token_loss: (slot, token_loss_fn) -> token_loss_fn    terms made of a chunk's logits; all share one pass over the head
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
@@ -106,6 +107,8 @@ class Resources(NamedTuple):
   model: Model  # the one that is trained
   load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
   folder: Path  # for data that are made once and kept
+  eos: int = 2  # token that ends a document
+  pad: int = 0  # token that fills a sequence up
 
 
 class TransformConfig:
@@ -223,7 +226,8 @@ def make_step(
   accumulate: the batch is split into so many parts along B, one after another; every term is normalised by its count
     over the *whole* batch, so the result does not depend on the split, ragged masks included.
   chunk: tokens whose logits exist at the same time.
-  Metrics: sum / count of every term; total (the objective), tokens (that counted), grad_norm, learning_rate.
+  Metrics: sum / count of every term; total (the objective), tokens (that counted in the batch as it came), grad_norm,
+  learning_rate.
   """
   transform = chain(transform)
 
@@ -238,7 +242,8 @@ def make_step(
 
   def step(state, batch, frozen):
     context = Context(state.step, jax.random.fold_in(state.key, state.step), state.hparams, frozen)
-    batch = transform.data(state.slots, state.params, batch, context)
+    tokens = batch['mask'].sum()  # a hook may turn labels into something else
+    batch = transform.data(state.slots, transform.view(state.slots, state.params, context), batch, context)
     terms, grads = losses.gradient(
       lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate
     )
@@ -247,7 +252,7 @@ def make_step(
     slots, taken = transform.after(state.slots, taken, Update(grads, terms, batch, context))
     metrics = losses.means(terms) | {
       'total': losses.objective(terms),
-      'tokens': terms['loss'].count,
+      'tokens': tokens,
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': optimizer.rate(state.hparams, state.step),
     }

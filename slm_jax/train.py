@@ -111,7 +111,10 @@ def assemble(
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  resources = Resources(config.train.steps, config.data.seq_len, dataset.tokenizer.vocab_size, model, load, derived)
+  tokens = dataset.tokenizer
+  resources = Resources(
+    config.train.steps, config.data.seq_len, tokens.vocab_size, model, load, derived, tokens.eos, tokens.pad
+  )
 
   def opened(dataset: Dataset) -> Dataset:
     for spec in config.transforms:
@@ -131,6 +134,8 @@ def assemble(
     z_loss=config.train.z_loss,
     chunk=config.train.loss_chunk,
   )
+
+  completions = config.data.packing == 'single' and bool(config.data.prompt_end)
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
   shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
@@ -163,7 +168,7 @@ def assemble(
     layout=layout,
     abstract=sharding.abstract(shapes, layout),
     final=lambda state: transform.final(state.slots, state.params),
-    measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk),
+    measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk, completions),
     judge=transform.judge,
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
@@ -232,6 +237,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   floor = dataset.floor(config.eval.sequences)
   return {
     **{k: results[k] for k in ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'ece', 'tokens', 'seconds')},
+    **{k: results[k] for k in ('exact_match',) if k in results},
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,
     'flops': results['tokens'] * job.flops,

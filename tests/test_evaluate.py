@@ -9,6 +9,9 @@ import pytest
 from toy import toy_batch, toy_model
 
 from slm_jax.evaluate import evaluate, make_measure
+from slm_jax.model.config import ModelConfig
+from slm_jax.model.decode import generate
+from slm_jax.model.decoder import build
 
 VOCAB = 11
 LENGTHS = np.array([0, 1, 2, 3, 1, 1, 1, 4, 1, 1, 1], np.float32)
@@ -84,3 +87,24 @@ def test_poll_is_asked_before_every_batch_and_may_stop():
   step = make_measure(toy_model(vocab=VOCAB), LENGTHS, 1000)
   with pytest.raises(Stop):
     evaluate(step, params(), [toy_batch(0), toy_batch(1)], poll)
+
+
+def test_exact_match_is_that_of_greedy_decoding():
+  config = ModelConfig(vocab_size=5, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=8, init_std=0.5)
+  model, eos, t = build(config), 2, 4
+  weights = model.init(jax.random.PRNGKey(0))
+  prompts = jax.random.randint(jax.random.PRNGKey(1), (40, 2), 3, 5)
+  new = generate(config, weights, prompts, jnp.full(40, 2), jax.random.PRNGKey(2), max_new=3, temperature=0.0, eos=eos)
+  tokens = np.concatenate([prompts, new], axis=1)
+  spoilt = np.arange(40) % 3 == 0
+  tokens[spoilt, 4] = (tokens[spoilt, 4] + 1) % 5  # the last token
+  tokens = jnp.asarray(tokens)
+  batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': jnp.ones((40, t), jnp.int32)}
+  done = jnp.cumsum(batch['inputs'][:, 1:] == eos, axis=1) > 0
+  mask = jnp.concatenate([jnp.zeros((40, 1)), 1.0 - done], axis=1)
+  right = (~spoilt | (np.asarray(mask)[:, -1] == 0)).mean()
+  for chunk in (40, 1000):
+    step = make_measure(model, np.ones(5), chunk, completions=True)
+    padded = {k: jnp.pad(v, ((0, 5), (0, 0))) for k, v in (batch | {'mask': mask}).items()}
+    assert evaluate(step, weights, [padded], lambda: None)['exact_match'] == pytest.approx(right)
+  assert 0 < right < 1

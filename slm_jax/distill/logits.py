@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from slm_jax.config import require, setting
 from slm_jax.distill import signals, teachers
-from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl
+from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
 from slm_jax.distill.signals import Dense, SignalLoss, Tail
 from slm_jax.distill.teachers import Average, Precision, Source
 from slm_jax.losses import Term
@@ -66,6 +66,13 @@ class TokenLoss(TransformConfig):
     end = self.temperature_end
     require(end > 0 or end == STAYS, f'{key}.temperature_end={end}: must be positive, or -1')
 
+  def check_in(self, config: Any, key: str) -> None:
+    writes = any(t.kind == 'on_policy' for t in config.transforms)
+    require(
+      writes or self.divergence != 'policy_gradient',
+      f'{key}.divergence=policy_gradient: needs the draws of the student; add on_policy to transforms',
+    )
+
   @property
   def tempered(self) -> bool:
     return self.temperature != 1 or self.temperature_end not in (1, STAYS)
@@ -115,6 +122,7 @@ class Distill(TokenLoss):
     check_signal(self, key)
 
   def check_in(self, config: Any, key: str) -> None:
+    super().check_in(config, key)
     check_k(self, config, key)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
@@ -212,13 +220,13 @@ def taught_by(
   vocab: the student's logits beyond so many tokens are padding, and not in D.
   steps: after which the schedules have come to their ends.
   moving: the target is p_t = softmax((1 - t) z_student + t z_teacher), a constant to the gradient, whose t goes from
-    mix to 1 (TAID, arXiv 2501.16937): t <- max(linear in the step, t + 5e-4 sigmoid(m) (1 - t)), m <- 0.99 m + 0.01 times
-    the relative decrease of the term.
+    mix to 1 (TAID, arXiv 2501.16937): t <- max(linear in the step, t + 5e-4 sigmoid(m) (1 - t)), m <- 0.99 m + 0.01
+    times the relative decrease of the term.
   drawn: only tokens that the student wrote are counted, the batch's entry 'rollout'.
 
   The teacher's `data` runs once a batch, outside of the gradient; its distribution exists only for the chunk of tokens
   whose student logits exist too, so full logits of neither are ever held. Logs `name`, the term; `name_kl` and
-  `name_entropy` at temperature 1, where the signal tells (signals.logged).
+  `name_entropy` at temperature 1, where the signal tells (signals.logged); `name_reverse_kl` of what the student wrote.
   """
   hparams = {f'{name}.weight_end': STAYS, f'{name}.temperature_end': STAYS, f'{name}.mix': 0.5, **numbers}
 
@@ -248,6 +256,9 @@ def taught_by(
       nats = loss(signal, student, tokens, temperature, context.hparams[f'{name}.mix'])
       mask = tokens['rollout'] if drawn else tokens.get('taught', tokens['mask'])
       plain = signals.logged(told, jax.lax.stop_gradient(student))
+      if isinstance(told, Dense) and 'rollout' in tokens:
+        back = reverse_kl(told.logits, jax.lax.stop_gradient(student)) * tokens['rollout']
+        terms[f'{name}_reverse_kl'] = Term(back.sum(), tokens['rollout'].sum(), 0.0)
       return {
         **terms,
         'loss': terms['loss']._replace(weight=(1 - w) * terms['loss'].weight),

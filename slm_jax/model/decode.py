@@ -85,14 +85,15 @@ def generate(
   temperature: jax.Array | float = 1.0,
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
+  vocab: int | None = None,
   eos: int | None = None,
   pad: int = 0,
 ) -> jax.Array:
   """Continues each prompt by `max_new` tokens: int32 [B, max_new], the new tokens only.
 
   prompt_BT: padded on the right; lengths_B: tokens of each row, at least 1. temperature (0: greedy), top_k and top_p
-  may be traced. After `eos`, which is returned, a row goes on with `pad`. ConfigError if T + max_new positions are more
-  than the model has.
+  may be traced. vocab: only the first so many tokens are drawn; what a model has beyond is padding. After `eos`, which
+  is returned, a row goes on with `pad`. ConfigError if T + max_new positions are more than the model has.
   """
   b, t = prompt_BT.shape
   require(
@@ -102,7 +103,7 @@ def generate(
   tokens_BT, start_B = align_right(prompt_BT, lengths_B)
 
   def draw(x_BD, done_B, key):
-    token_B = jnp.where(done_B, pad, sample(logits(config, params, x_BD), key, temperature, top_k, top_p))
+    token_B = jnp.where(done_B, pad, sample(logits(config, params, x_BD)[:, :vocab], key, temperature, top_k, top_p))
     return token_B, done_B if eos is None else done_B | (token_B == eos)
 
   def step(carry, key):
