@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from slm_jax import distributed
+from slm_jax import distributed, sharding
 from slm_jax.config import ConfigError, require, setting
 from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch, Join
@@ -76,7 +76,7 @@ class Cache:
 
   @property
   def _mend(self) -> str:
-    return 'remove that shard and run again what made the cache' if self._shards[1:] else 'remove it and make it again'
+    return f'run again what made it (slm_jax.distill.cache mends it), or remove {self.folder}'
 
 
 def _line(error: Exception) -> str:
@@ -211,13 +211,15 @@ class CachedDistill(TokenLoss):
   def _built(self, dataset: Dataset, wanted: Layout, resources: Resources) -> Path:
     """The folder of the cache of just this, which is built first unless it is there: by all processes together."""
     model, params = resources.load(self.teacher)
-    what = capture.Capture(dataset, model, params, wanted)
+    # By value, as each process works by itself from here on.
+    what = capture.Capture(dataset, model, sharding.to_host(params), wanted)
     folder = capture.place(resources.folder, what)
     if not distributed.on_main(capture.is_finished, folder):
       about = {'teacher': self.teacher}
       capture.build(folder, what, about, logging.info, jax.process_index(), jax.process_count())
       distributed.first_of('')  # all have built their shards
-      distributed.main_first(lambda: capture.build(folder, what, about, logging.info))
+    if not distributed.on_main(capture.is_finished, folder):  # the last one did not see yet what others wrote
+      distributed.on_main(capture.build, folder, what, about, logging.info)
     return folder
 
   def _check_cache(self, cache: Cache, wanted: Layout, dataset: Dataset, resources: Resources) -> None:

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from slm_jax import sharding
 from slm_jax.checksum import checksum
 from slm_jax.config import ConfigError, require, to_dict
 from slm_jax.data import batches, sources
@@ -52,7 +51,7 @@ class Capture:
 
   dataset: Dataset
   model: Model  # the teacher
-  params: Params
+  params: Params  # that this process can see all of; it works on its first device
   layout: Layout
   seed: int = 0  # of draws
 
@@ -146,8 +145,7 @@ def build(
   parts = [(start, min(start + each, n)) for start in range(0, n, each)]
   with disk_errors(folder):
     begin(folder, capture.key)
-    # Each process works by itself, on one device.
-    own = jax.device_put(sharding.to_host(capture.params), jax.local_devices()[0])
+    own = jax.device_put(capture.params, jax.local_devices()[0])
     tell = functools.partial(teller(capture.model, capture.layout), own)
     with alone(folder / f'.lock-{host}-of-{hosts}', log):
       for start, end in parts[host::hosts]:
