@@ -119,9 +119,22 @@ def test_hooks_run_in_order_and_see_what_they_should():
     )
 
   state, metrics = run(chain(spy('a'), spy('b')), n=2)
-  assert seen[:4] == [('data', 'a'), ('data', 'b'), ('view', 'a'), ('view', 'b')]
+  views, data = [('view', 'a'), ('view', 'b')], [('data', 'a'), ('data', 'b')]
+  assert seen[:6] == [*views, *data, *views]  # data hooks are given what the forward pass sees
   assert metrics['a'] == metrics['b'] == 3.0
   assert state.slots['a'] == toy_batch(0)['mask'].sum() + toy_batch(1)['mask'].sum()
+
+
+def test_data_hooks_are_given_the_parameters_that_the_forward_pass_sees():
+  def data(slot, params, batch, context):
+    return {**batch, 'mask': batch['mask'] * (params['head'] == 0).all()}
+
+  zeroed = Transform('zeroed', view=lambda slot, params, context: {**params, 'head': 0 * params['head']})
+  _, viewed = run(chain(Transform('reads', data=data), zeroed), n=1)
+  _, plain = run(Transform('reads', data=data), n=1)
+  assert viewed['loss'] > 0
+  assert plain['loss'] == plain['grad_norm'] == 0  # no token was left
+  assert plain['tokens'] == viewed['tokens'] > 0  # of the batch as it came
 
 
 def test_frozen_is_not_in_the_state_and_slots_are():
