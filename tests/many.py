@@ -38,7 +38,7 @@ def config() -> Config:
 def sweep_pair():
   """A model, and a smaller one that learns from it and starts from its cut parameters."""
   yield {'name': 'teacher', 'eval.samples': 1}
-  yield {'name': 'student', 'init.arm': 'teacher', 'model.n_layers': 1, 'transforms': (Distill('teacher', 0.5),)}
+  yield {'name': 'student', 'init.arm': 'teacher', 'model.n_layers': 1, 'transforms': (Distill('teacher', weight=0.5),)}
 
 
 def sabotage(kind: str, step: int) -> None:

@@ -42,9 +42,9 @@ def family(tmp_path_factory):
   smaller = dataclasses.replace(teacher.model, n_layers=1, d_ff=16)
   arms = {
     'teacher': teacher,
-    'distilled': small(name='distilled', model=smaller, transforms=(Distill('teacher', 0.5, 2.0),)),
+    'distilled': small(name='distilled', model=smaller, transforms=(Distill('teacher', weight=0.5, temperature=2.0),)),
     'cut': small(name='cut', model=smaller, transforms=(), init=InitConfig('teacher')),
-    'both': small(name='both', transforms=(Distill('teacher', 0.5), Prune(0.5, 'global', every=2), Ema(0.5))),
+    'both': small(name='both', transforms=(Distill('teacher', weight=0.5), Prune(0.5, 'global', every=2), Ema(0.5))),
   }
   for name, config in arms.items():
     assert train.run(config, workdir, name) == EXIT_DONE
