@@ -1,0 +1,57 @@
+"""Is the better teacher the better teacher? One student, and teachers that are checkpoints of one long run.
+
+The teacher trains at a constant rate, so a shorter run is a checkpoint of the longest; its width is twice the
+student's. Each student sees the same tokens and learns from one of them, weight 1, temperature 1.
+
+Expected, written before the run: a teacher that is worse than what the student reaches alone holds it back (that
+student is worse than without a teacher), and the best teacher's student is better than without. In between, Busbridge
+et al. (arXiv 2502.08606) find that the student's loss falls with the teacher's down to a point and rises beyond it, for
+teachers that leave the student far behind; with a teacher of four times the parameters we expect no rise: the longest
+run's student is not worse than the run's of half the length, within 0.02 nats.
+
+    python -m experiments.capacity_gap
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import launch
+from experiments.distilling import TEACHER, absolute, claim, student, table, values, wider
+from slm_jax.ablate.results import Row
+from slm_jax.ablate.sweep import product, seeds
+from slm_jax.distill.logits import Distill
+from slm_jax.experiment import Config
+
+SEEDS = 3
+LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the teacher's run, as multiples of the student's
+BASELINE = 'alone'
+
+
+def config() -> Config:
+  return student(400)
+
+
+def sweep(base: Config) -> Iterator[dict[str, Any]]:
+  for length in LENGTHS:
+    constant = {'optim.schedule': 'constant', 'optim.learning_rate': 3e-3}
+    yield {**wider(base, length), **constant, 'name': f'{TEACHER} {length:g}x'}
+  arms: list[dict[str, Any]] = [{'name': 'alone'}]
+  arms += [
+    {'name': f'taught by {length:g}x', 'transforms': (Distill(f'{TEACHER} {length:g}x', weight=1.0),)}
+    for length in LENGTHS
+  ]
+  yield from product(arms, seeds(SEEDS))
+
+
+def report(rows: Sequence[Row]) -> str:
+  losses = values(rows)
+  first, half, last = (losses[f'taught by {length:g}x'] for length in (LENGTHS[0], LENGTHS[-2], LENGTHS[-1]))
+  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
+  lines.append(claim('alone < taught by the shortest run', losses['alone'], first))
+  lines.append(claim('taught by the longest run < alone', last, losses['alone']))
+  lines.append(f'- taught by the longest run = by half of it, within 0.02: {absolute(last, half, 0.02)}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  launch.main()

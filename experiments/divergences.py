@@ -1,0 +1,62 @@
+"""Which divergence from a teacher makes the better student, and at what?
+
+One teacher, equal tokens, weight 1, temperature 1; the students differ in the divergence.
+
+Expected, written before the run: forward KL has the lowest loss on held-out text, whose gradient is that of the
+cross-entropy with a richer target (Busbridge et al., arXiv 2502.08606: ahead of reverse KL by far); reverse KL seeks
+modes, so its students have the lower entropy, and write texts of which the teacher thinks better: a lower KL(q || p) on
+their own rollouts (MiniLLM, arXiv 2306.08543).
+
+    python -m experiments.divergences
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import launch
+from experiments.distilling import TEACHER, claim, names_of, student, table, values, wider
+from slm_jax.ablate.results import Row
+from slm_jax.ablate.sweep import product, seeds
+from slm_jax.distill.logits import Distill
+from slm_jax.experiment import Config
+
+SEEDS = 3
+MIX = {'jsd': 0.5, 'skew_kl': 0.1, 'skew_reverse_kl': 0.1, 'taid': 0.4}
+DIVERGENCES = ('kl', 'reverse_kl', 'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'mse', 'taid')
+BASELINE = 'kl'
+
+
+def config() -> Config:
+  return student(500)
+
+
+def sweep(base: Config) -> Iterator[dict[str, Any]]:
+  yield wider(base, 5)
+  arms = [
+    {'name': name, 'transforms': (Distill(TEACHER, weight=1.0, divergence=name, mix=MIX.get(name, 0.5)),)}
+    for name in DIVERGENCES
+  ]
+  yield from product(arms, seeds(SEEDS))
+
+
+def report(rows: Sequence[Row]) -> str:
+  columns = {
+    'loss': 'loss (nats)',
+    'ece': 'calibration error',
+    'entropy': 'entropy',
+    'kl': 'KL(p || q)',
+    'reverse_kl': 'KL(q || p)',
+    'rollout_kl': 'KL(q || p), rollouts',
+  }
+  lines = table(rows, columns)
+  loss, entropy, rollouts = values(rows), values(rows, 'entropy'), values(rows, 'rollout_kl')
+  for name in names_of(rows):
+    if name not in (TEACHER, 'kl'):
+      lines.append(claim(f'loss of kl < {name}', loss['kl'], loss[name]))
+  lines.append(claim('entropy of reverse_kl < kl', entropy['reverse_kl'], entropy['kl']))
+  lines.append(claim('KL(q || p) on rollouts of reverse_kl < kl', rollouts['reverse_kl'], rollouts['kl']))
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  launch.main()
