@@ -1,0 +1,98 @@
+"""The questions about distillation: their verdicts follow the numbers, and each can come out any way."""
+
+import re
+
+import numpy as np
+import pytest
+from fakes import arms_of, summary
+
+from experiments import capacity_gap, distilling, divergences, few_stories, kd_or_ce, sparse_targets
+from slm_jax.ablate import population
+from slm_jax.ablate.results import Row
+from slm_jax.config import flatten
+from slm_jax.model.flops import flops_per_token
+
+QUESTIONS = (kd_or_ce, sparse_targets, divergences, few_stories, capacity_gap)
+
+
+def verdicts(module, numbers, noise=1e-4):
+  """numbers: {name of an arm: what its summary says}; of others, a loss of 1."""
+  rows = []
+  for i, arm in enumerate(arms_of(module)):
+    jitter = noise * np.random.default_rng(i).normal()
+    its = {key: value + jitter for key, value in {'loss': 1.0, 'ece': 0.01, **numbers.get(arm.name, {})}.items()}
+    rows.append(Row(arm.arm_id, arm.name, arm.group, 'done', flatten(arm.config), summary(**its), {}))
+  lines = [line for line in module.report(rows).splitlines() if line.startswith('- ')]
+  return [re.search(r'(NOT REPRODUCED|REPRODUCED|CANNOT TELL)$', line).group(1) for line in lines]
+
+
+def losses(**by_name):
+  return {name: {'loss': value} for name, value in by_name.items()}
+
+
+@pytest.mark.parametrize('module', QUESTIONS)
+def test_arms_that_differ_in_seeds_only_are_one_population(module):
+  arms = arms_of(module)
+  sizes = [len(group) for group in population.groups({arm.arm_id: arm.config for arm in arms})]
+  assert max(sizes) >= module.SEEDS
+  assert all(arm.name in {line.name for line in arms} for arm in arms)
+  assert module.BASELINE in {arm.name for arm in arms}
+
+
+def test_kd_or_ce():
+  gain, null = losses(ce=1.0, kd=0.9), {'ce, equal FLOPs': {'loss': 0.9}}
+  assert verdicts(kd_or_ce, {**gain, **null}) == ['REPRODUCED', 'REPRODUCED']
+  assert verdicts(kd_or_ce, {**gain, 'ce, equal FLOPs': {'loss': 0.8}}) == ['REPRODUCED', 'NOT REPRODUCED']
+  assert verdicts(kd_or_ce, {**losses(kd=0.99), 'ce, equal FLOPs': {'loss': 0.99}})[0] == 'NOT REPRODUCED'
+  assert verdicts(kd_or_ce, gain, noise=1.0) == ['CANNOT TELL', 'CANNOT TELL']
+
+
+def test_the_arm_of_equal_flops_has_them():
+  arms = {arm.name: arm.config for arm in arms_of(kd_or_ce)}
+  teacher, kd, longer = (arms[name] for name in ('teacher', 'kd', 'ce, equal FLOPs'))
+  own, its = (flops_per_token(c.model, 64, backward=b) for c, b in ((kd, True), (teacher, False)))
+  assert longer.train.steps * own == pytest.approx(kd.train.steps * (own + its), rel=1e-3)
+
+
+def test_sparse_targets():
+  right = {
+    'hard labels': {'loss': 1.2},
+    'renormalised teacher': {'loss': 1.3, 'ece': 0.05},
+    'unnormalised': {'loss': 1.3, 'ece': 0.05},
+    'renormalised both': {'loss': 3.0},
+  }
+  assert set(verdicts(sparse_targets, right)) == {'REPRODUCED'}
+  wrong = {**right, 'full': {'loss': 1.4}, 'unnormalised': {'loss': 1.3, 'ece': 0.011}}
+  found = verdicts(sparse_targets, wrong)
+  assert found[:2] == ['NOT REPRODUCED', 'NOT REPRODUCED']  # no draws are as good, and hard labels are better
+  assert found[3] == 'NOT REPRODUCED'  # not twice the calibration error
+
+
+def test_divergences():
+  others = {name: {'loss': 1.1, 'entropy': 0.9, 'rollout_kl': 0.1} for name in divergences.DIVERGENCES}
+  right = {**others, 'kl': {'loss': 1.0, 'entropy': 1.0, 'rollout_kl': 0.2}}
+  assert set(verdicts(divergences, right)) == {'REPRODUCED'}
+  assert verdicts(divergences, {**right, 'kl': {'loss': 1.2, 'entropy': 0.8, 'rollout_kl': 0.2}})[-2:] == [
+    'NOT REPRODUCED',
+    'REPRODUCED',
+  ]
+
+
+def test_few_stories():
+  teachers = {'teacher 1': {'loss': 1.2}, 'teacher 2': {'loss': 1.1}}
+  assert verdicts(few_stories, {**teachers, **losses(twin=1.2, distilled=1.0)}) == ['REPRODUCED', 'REPRODUCED']
+  assert verdicts(few_stories, {**teachers, **losses(twin=1.18, distilled=1.15)}) == ['NOT REPRODUCED'] * 2
+
+
+def test_capacity_gap():
+  right = {'taught by 0.25x': {'loss': 1.3}, 'taught by 4x': {'loss': 0.8}, 'taught by 2x': {'loss': 0.81}}
+  assert verdicts(capacity_gap, right) == ['REPRODUCED'] * 3
+  wrong = {'taught by 0.25x': {'loss': 0.9}, 'taught by 4x': {'loss': 1.2}, 'taught by 2x': {'loss': 0.8}}
+  assert verdicts(capacity_gap, wrong) == ['NOT REPRODUCED'] * 3
+
+
+def test_a_margin_moves_the_verdict_and_not_what_is_shown():
+  pairs = {i: 1.0 + 0.001 * i for i in range(5)}, {i: 1.03 + 0.0011 * i for i in range(5)}
+  assert distilling.claim('a < b by 0.02', *pairs, 0.02).endswith('REPRODUCED')
+  assert distilling.claim('a < b by 0.04', *pairs, 0.04).endswith('NOT REPRODUCED')
+  assert distilling.claim('a < b', *pairs).split(':')[1] == distilling.claim('a < b', *pairs, 0.02).split(':')[1]
