@@ -16,8 +16,7 @@ from slm_jax.experiment import Config
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.decode import generate
-
-BINS = 15
+from slm_jax.step import Context
 
 
 def make_measure(
@@ -34,15 +33,11 @@ def make_measure(
 
   def token_loss(logits, tokens, context) -> Terms:
     mask = tokens['mask']
-    confidence = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
     hits = (jnp.argmax(logits, axis=-1) == tokens['targets']).astype(jnp.float32)
-    bins = jax.nn.one_hot((confidence * BINS).astype(jnp.int32).clip(0, BINS - 1), BINS) * mask[..., None]
-    over_tokens = tuple(range(mask.ndim))
     return {
       **cross_entropy(logits, tokens, context),
       'bytes': Term((jnp.asarray(lengths)[tokens['targets']] * mask).sum(), mask.sum(), 0.0),
-      'confidence': Term((bins * confidence[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
-      'correct': Term((bins * hits[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0),
+      'ece': losses.calibration(logits, tokens['targets'], mask),
       **({'misses': Term(((1 - hits) * mask).sum(1), mask.sum(1), 0.0)} if completions else {}),
     }
 
@@ -71,11 +66,15 @@ def totals(
   total: Terms | None = None
   for batch in batches:
     poll()
-    # float64 on the host: a float32 sum over millions of tokens would lose the last digits
-    terms = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(measure(params, batch)))
+    terms = host_float64(measure(params, batch))
     total = terms if total is None else losses.add(total, terms)
   assert total is not None, 'the valid split holds at least one batch'
   return total
+
+
+def host_float64(terms: Terms) -> Terms:
+  """For sums over millions of tokens: in float32 they would lose their last digits."""
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(terms))
 
 
 def means(total: Terms) -> dict[str, float]:
@@ -87,18 +86,39 @@ def means(total: Terms) -> dict[str, float]:
   """
   nats, count = float(total['loss'].sum), float(total['loss'].count)
   n_bytes = float(total['bytes'].sum)
-  ece = np.abs(total['correct'].sum - total['confidence'].sum).sum() / max(count, 1)
   loss = nats / max(count, 1)
-  exact = {k: float(v.sum) / max(float(v.count), 1) for k, v in total.items() if k == 'exact_match'}
+  exact = {k: mean(v) for k, v in total.items() if k == 'exact_match'}
   return {
     'loss': loss,
     **exact,
     'bits_per_byte': nats / math.log(2) / n_bytes if n_bytes else float('nan'),
     'perplexity': math.exp(min(loss, 700)),
-    'accuracy': float(total['accuracy'].sum) / max(count, 1),
-    'ece': float(ece),
+    'accuracy': mean(total['accuracy']),
+    'ece': mean(total['ece']),
     'tokens_evaluated': count,
   }
+
+
+def mean(term: Term) -> float:
+  """sum / count; of a term in bins, the mean over all that was counted of its bin's distance from 0."""
+  total, count = np.asarray(term.sum), np.asarray(term.count)
+  return float((np.abs(total) if total.ndim else total).sum() / max(count.sum(), 1))
+
+
+def judged(
+  judge: Callable[[Params, Batch, Context], Terms],
+  params: Params,
+  batches: Iterable[Batch],
+  context: Context,
+) -> dict[str, float]:
+  """Means of what the transforms measure a finished model by; `context.step` counts the batches. {} if nothing."""
+  total: Terms = {}
+  for i, batch in enumerate(batches):
+    terms = host_float64(judge(params, batch, context._replace(step=jnp.int32(i))))
+    if not terms:
+      break
+    total = losses.add(total, terms) if total else terms
+  return {name: mean(term) for name, term in total.items()}
 
 
 def samples(config: Config, params: Params, tokenizer: Tokenizer) -> list[dict[str, str]]:

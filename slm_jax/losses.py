@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 2048  # tokens whose logits exist at once
+BINS = 15  # of a calibration error
 
 
 class Term(NamedTuple):
@@ -68,6 +69,18 @@ def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
     return terms
 
   return token_loss
+
+
+def calibration(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> Term:
+  """Of the most likely token, in each of BINS equal bins of its confidence: the sum of (is it right? - confidence).
+
+  A term in bins, [BINS]; its mean (evaluate.mean) is the expected calibration error.
+  """
+  confidence = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+  right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  bins = jax.nn.one_hot((confidence * BINS).astype(jnp.int32).clip(0, BINS - 1), BINS) * mask[..., None]
+  over_tokens = tuple(range(mask.ndim))
+  return Term((bins * (right - confidence)[..., None]).sum(over_tokens), bins.sum(over_tokens), 0.0)
 
 
 def over_chunks(

@@ -80,7 +80,9 @@ class Transform(NamedTuple):
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
   final:      (slot, params) -> params                  what evaluation and export see
-  judge:      (params, batch, frozen, key) -> Terms     more that a finished model is measured by, on held-out text
+  judge:      (params, batch, context) -> Terms         more that a finished model is measured by, on held-out text;
+                                                        context.step counts its batches
+  witnesses:  () -> entries of frozen                   that only `judge` needs
   """
 
   name: str
@@ -93,7 +95,8 @@ class Transform(NamedTuple):
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
-  judge: Callable[[Params, Batch, Mapping[str, Any], jax.Array], Terms] = lambda params, batch, frozen, key: {}
+  judge: Callable[[Params, Batch, Context], Terms] = lambda params, batch, context: {}
+  witnesses: Callable[[], Mapping[str, Any]] = dict
   flops: float = 0.0  # that the hooks add to each trained token, for the books
   parts: tuple['Transform', ...] = ()  # of a chain
 
@@ -186,12 +189,16 @@ def chain(*transforms: Transform) -> Transform:
       params = p.final(slots[p.name], params)
     return {name: tree for name, tree in params.items() if name not in names}
 
-  def judge(params, batch, frozen, key):
-    return {name: term for p in parts for name, term in p.judge(params, batch, frozen, own(key, p)).items()}
+  def judge(params, batch, context):
+    each = [p.judge(params, batch, context._replace(key=own(context.key, p))) for p in parts]
+    return {name: term for terms in each for name, term in terms.items()}
+
+  def witnesses():
+    return {name: tree for p in parts for name, tree in p.witnesses().items()}
 
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
-  hooks = (init, extra, data, view, token_loss, loss, after, final, judge)
+  hooks = (init, extra, data, view, token_loss, loss, after, final, judge, witnesses)
   return Transform('chain', hparams, *hooks, flops, parts)
 
 

@@ -29,7 +29,7 @@ from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
 from slm_jax.prune.cut import cut
 from slm_jax.record import Record
-from slm_jax.step import Metrics, Resources, TrainState, chain, init_state, make_step
+from slm_jax.step import Context, Metrics, Resources, TrainState, chain, init_state, make_step
 
 Place = Callable[[Any], Any]  # host arrays -> device arrays
 Load = Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
@@ -49,7 +49,8 @@ class Job(NamedTuple):
   abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
   final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
   measure: Callable[[Params, Batch], Terms]  # the sums that an evaluation is made of
-  judge: Callable[[Params, Batch, Mapping[str, Any], jax.Array], Terms]  # more of them, of the finished model
+  judge: Callable[[Params, Batch, Context], Terms]  # more of them, of the finished model
+  witnesses: Callable[[], Mapping[str, Any]]  # what that needs beside `frozen`
   place: Place  # a batch onto the devices
   flops: float  # a trained token, teachers included
 
@@ -170,6 +171,7 @@ def assemble(
     final=lambda state: transform.final(state.slots, state.params),
     measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk, completions),
     judge=transform.judge,
+    witnesses=transform.witnesses,
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
   )
@@ -235,9 +237,12 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   if distributed.is_main():
     write_json(job.folder / 'samples.json', samples)
   floor = dataset.floor(config.eval.sequences)
+  context = Context(state.step, jax.random.PRNGKey(config.seed), state.hparams, {**job.frozen, **job.witnesses()})
+  judge = jax.jit(job.judge, out_shardings=job.layout.step)
   return {
     **{k: results[k] for k in ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'ece', 'tokens', 'seconds')},
     **{k: results[k] for k in ('exact_match',) if k in results},
+    **evaluate.judged(judge, params, valid_batches(job), context),
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,
     'flops': results['tokens'] * job.flops,

@@ -21,12 +21,15 @@ from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch, Join
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.store import Store
-from slm_jax.distill import capture, records, signals
+from slm_jax.distill import capture, records, signals, teachers
+from slm_jax.distill.judge import judge
 from slm_jax.distill.logits import Signal, TokenLoss, check_k, check_signal
 from slm_jax.distill.records import Damaged, Layout, Precision, Told
 from slm_jax.distill.signals import Dense, Sampled, SignalLoss, Tail, TopK
 from slm_jax.distill.teachers import Source
-from slm_jax.step import Resources, Transform
+from slm_jax.losses import Terms
+from slm_jax.model.api import Batch, Params
+from slm_jax.step import Context, Resources, Transform
 
 AUTO = 'auto'
 LOOKED_AT = 64  # sequences of each source that are looked up before anything is compiled
@@ -160,7 +163,7 @@ class CachedDistill(TokenLoss):
   signal: Signal = 'top_k'
   k: int = 64  # of top_k
   tail: Tail = 'bucket'  # of top_k
-  draws: int = 50  # of sampled
+  draws: int = 40  # of sampled; at 50, a weak teacher of a large vocabulary takes more than 48 bytes a token
   precision: Precision = 'float16'  # of the log-probabilities
 
   def check(self, key: str) -> None:
@@ -203,7 +206,19 @@ class CachedDistill(TokenLoss):
       'top_k': lambda: signals.top_k_loss(self.tail),
       'sampled': signals.sampled_loss,
     }[self.signal]
-    return self.transform(cached(self.kind, self._layout(resources.vocab)), loss(), resources), {}
+    transform = self.transform(cached(self.kind, self._layout(resources.vocab)), loss(), resources)
+    return self._judged(transform, resources), {}
+
+  def _judged(self, transform: Transform, resources: Resources) -> Transform:
+    """With what the teacher says of the finished student, if it is there to be asked; it is loaded at the end only."""
+    if not self.teacher:
+      return transform
+    name, load = f'teacher_{self.teacher}', functools.cache(lambda: resources.load(self.teacher))
+
+    def judge_now(params: Params, batch: Batch, context: Context) -> Terms:
+      return judge(resources.model, teachers.online(load()[0], name), resources)(params, batch, context)
+
+    return transform._replace(judge=judge_now, witnesses=lambda: {name: load()[1]})
 
   def _layout(self, vocab: int) -> Layout:
     return capture.layout(self.signal, self.k, self.draws, vocab, self.precision, f'{self.kind}.')

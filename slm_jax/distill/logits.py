@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from slm_jax.config import require, setting
 from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
+from slm_jax.distill.judge import judge
 from slm_jax.distill.signals import Dense, SignalLoss, Tail
 from slm_jax.distill.teachers import Average, Precision, Source
 from slm_jax.losses import Term
@@ -137,7 +138,8 @@ class Distill(TokenLoss):
       parts[0] if len(parts) == 1 else teachers.average_of(parts, self.shares or (1.0,) * len(parts), self.average)
     )
     source, loss = self.source(teacher, resources.vocab)
-    return self.transform(source, loss, resources)._replace(flops=flops), frozen
+    judged = judge(resources.model, teacher, resources)
+    return self.transform(source, loss, resources)._replace(flops=flops, judge=judged), frozen
 
   def source(self, teacher: teachers.Teacher, vocab: int) -> tuple[Source, SignalLoss]:
     if self.signal == 'top_k':
