@@ -28,6 +28,11 @@ COSTS = (
   ('joules, estimated', 'joules_estimated', ''),
 )
 
+# How students stand to their teachers (slm_jax/distill/judge.py), as metrics of the summaries: those that come with
+# their intervals, and those of which the teacher has one of its own, beside it.
+TAUGHT = {'KL(p‖q)': 'kl', 'KL(q‖p)': 'reverse_kl', 'on own text': 'rollout_kl', 'agreement': 'agreement'}
+BOTH = {'loss': '.3f', 'entropy': '.3f', 'ece': '.1%'}
+
 
 def latest(workdir: Path) -> list[Row]:
   """The rows of the latest launch, parents first."""
@@ -81,6 +86,7 @@ def html(workdir: Path, experiment: Experiment, lines: Sequence[Line], curves: M
     status=page.status(rows),
     results=_results(lines),
     note=table.note(lines),
+    taught=_taught(lines),
     at_equal_cost=_at_equal_cost(lines),
     note_on_controls=table.note_on_controls(lines),
     costs=_costs(lines),
@@ -104,6 +110,18 @@ def _results(lines: Sequence[Line]) -> Grid:
     n, loss = Cell(table.seeds_done(line), line.loss.n), page.spread(line.loss)
     rows.append((Cell(line.name, line.name), n, loss, *compared, *means, page.number(line.mean('accuracy'), '.1%')))
   return Grid(head, rows)
+
+
+def _taught(lines: Sequence[Line]) -> Grid:
+  """A row for each arm that was compared with a teacher."""
+  rows = []
+  for line in lines:
+    if line.interval('teacher_loss').n:
+      spreads = [page.spread(line.interval(metric)) for metric in TAUGHT.values()]
+      pairs = [(line.mean(metric), line.mean(f'teacher_{metric}'), spec) for metric, spec in BOTH.items()]
+      means = [Cell(f'{table.number(own, spec)} ({table.number(its, spec)})', own) for own, its, spec in pairs]
+      rows.append((Cell(line.name, line.name), *spreads, *means))
+  return Grid(('arm', *TAUGHT, *(metric.replace('ece', 'ECE') for metric in BOTH)), rows)
 
 
 def _at_equal_cost(lines: Sequence[Line]) -> Grid:

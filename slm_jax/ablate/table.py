@@ -34,7 +34,10 @@ class Line(NamedTuple):
 
   def mean(self, metric: str) -> float:
     """Of a metric of the summaries over the seeds that are done; NaN if none of them has it."""
-    return stats.interval(row.summary.get(metric) for row in self.rows).mean
+    return self.interval(metric).mean
+
+  def interval(self, metric: str) -> Interval:
+    return stats.interval(row.summary.get(metric) for row in self.rows)
 
 
 def lines(rows: Iterable[Row], baseline: str, curves: Mapping[str, Sequence[Point]] | None = None) -> list[Line]:

@@ -234,3 +234,32 @@ of prose."""
     ('- base wins:\n  by far', True),
     ('Two lines of prose.', False),
   ]
+
+
+def test_students_are_shown_beside_their_teachers(tmp_path):
+  """Only arms that have one; the section is not there without, and the columns of others are empty."""
+  sweep = list(product(seeds(2), [{'name': 'teacher'}, {'name': 'student', 'train.steps': 500}]))
+  page, arms = page_of(tmp_path, sweep, FakeTrain({'student': 1.7}))
+  assert 'Students and their teachers' not in page.text
+  for arm in arms:
+    if arm.name == 'student':
+      path = workdir.folder(tmp_path, arm.arm_id) / 'run.json'
+      run = json.loads(path.read_text())
+      of_seed = {
+        name: 0.1 + 0.02 * arm.config.seed
+        for name in (*report.TAUGHT.values(), 'entropy', 'teacher_entropy', 'teacher_ece')
+      }
+      run['summary'].update(of_seed, teacher_loss=1.5)
+      path.write_text(json.dumps(run))
+  report.publish(tmp_path)
+  text = (tmp_path / 'report.html').read_text()
+  section = Page('<h2>' + text.split('<h2>')[2]).text
+  assert section.startswith('Students and their teachers')
+  assert section.count('student') == 3  # its row, and twice in the note
+  assert section.count('0.11 ± 0.13') == 4  # the 95 % interval of two seeds: 12.7 times 0.01
+  assert '1.705 (1.500)' in section
+  assert '1.0% (11.0%)' in section
+  with open(tmp_path / 'results.csv', newline='') as file:
+    rollouts = {line['name']: line['rollout_kl'] for line in csv.DictReader(file)}
+  assert rollouts['teacher'] == ''
+  assert float(rollouts['student']) == pytest.approx(0.12)
