@@ -50,7 +50,7 @@ def parse(words: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_string('out', '', 'where to; else where an arm with cache=auto looks for it', flag_values=options)
   flags.DEFINE_enum('method', 'top_k', ['top_k', 'sampled', 'dense'], 'what to write down', flag_values=options)
   flags.DEFINE_integer('k', 64, 'entries of top_k', flag_values=options)
-  flags.DEFINE_integer('draws', 50, 'of sampled', flag_values=options)
+  flags.DEFINE_integer('draws', 40, 'of sampled', flag_values=options)
   flags.DEFINE_integer('seed', 0, 'of the draws', flag_values=options)
   flags.DEFINE_enum('precision', 'float16', ['float16', 'float32'], 'of log-probabilities', flag_values=options)
   flags.DEFINE_integer('host', 0, 'which of the hosts this is', flag_values=options)

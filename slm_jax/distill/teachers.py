@@ -133,7 +133,7 @@ class Int8(NamedTuple):
   """A matrix of 8-bit integers; times `scale`, it is the matrix."""
 
   values: jax.Array  # int8
-  scale: jax.Array  # float32, 1 along the axis that a product sums over
+  scale: jax.Array  # float32, one for each layer and entry of the last axis
 
 
 def stored(params: Params, precision: Precision) -> Params:
@@ -144,7 +144,7 @@ def stored(params: Params, precision: Precision) -> Params:
   def of(path, w):
     if precision == 'int8' and path[0].key == 'layers' and w.ndim > 2:
       w = w.astype(jnp.float32)
-      scale = jnp.maximum(jnp.abs(w).max(axis=-2, keepdims=True), 1e-30) / 127
+      scale = jnp.maximum(jnp.abs(w).max(axis=tuple(range(1, w.ndim - 1)), keepdims=True), 1e-30) / 127
       return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
     return w.astype(jnp.bfloat16)
 
