@@ -25,7 +25,7 @@ import optax
 
 from slm_jax import losses
 from slm_jax.losses import Terms
-from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.api import Batch, Feature, Model, Params
 from slm_jax.optim import Optimizer
 
 Slot = Any  # what one transform remembers; () if nothing
@@ -50,6 +50,7 @@ class Context(NamedTuple):
   key: jax.Array  # a fresh key for this step
   hparams: Mapping[str, jax.Array]
   frozen: Mapping[str, Any]
+  features: Mapping[Feature, jax.Array] = {}  # in `loss` only: what transforms want of the model's forward pass
 
 
 class Update(NamedTuple):
@@ -98,6 +99,7 @@ class Transform(NamedTuple):
   judge: Callable[[Params, Batch, Context], Terms] = lambda params, batch, context: {}
   witnesses: Callable[[], Mapping[str, Any]] = dict
   flops: float = 0.0  # that the hooks add to each trained token, for the books
+  wants: tuple[Feature, ...] = ()  # of the model's forward pass; `loss` finds it in context.features
   parts: tuple['Transform', ...] = ()  # of a chain
 
 
@@ -198,8 +200,9 @@ def chain(*transforms: Transform) -> Transform:
 
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
+  wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
   hooks = (init, extra, data, view, token_loss, loss, after, final, judge, witnesses)
-  return Transform('chain', hparams, *hooks, flops, parts)
+  return Transform('chain', hparams, *hooks, flops, wants, parts)
 
 
 def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: Transform = chain()) -> TrainState:
@@ -245,7 +248,8 @@ def make_step(
     def base(params, hidden_BTD, batch, context):
       return losses.over_chunks(token_loss, model.head, params, hidden_BTD, batch, context, chunk)
 
-    return transform.loss(slots, base)(seen, model.hidden(seen, batch), batch, context)
+    hidden_BTD, features = model.features(seen, batch, transform.wants)
+    return transform.loss(slots, base)(seen, hidden_BTD, batch, context._replace(features=features))
 
   def step(state, batch, frozen):
     context = Context(state.step, jax.random.fold_in(state.key, state.step), state.hparams, frozen)

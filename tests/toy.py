@@ -30,7 +30,19 @@ def toy_model(vocab: int = 11, width: int = 8, layers: int = 2) -> Model:
   def head(params, x):
     return x @ params['head']
 
-  return Model(config, init, hidden, head)
+  def features(params, batch, wanted):
+    """Hidden states; q, k and v are slices of them, so that one toy has all kinds."""
+    stream = [params['embed']['tokens'][batch['inputs']]]
+    for w in params['layers']['up']:
+      stream.append(stream[-1] + jnp.tanh(stream[-1] @ w))
+
+    def of(kind, layer):
+      x = stream[layer]
+      return x if kind == 'hidden' else jnp.roll(x, 'qkv'.index(kind), -1).reshape(*x.shape[:2], -1, config.head_dim)
+
+    return stream[-1], {f: of(*f) for f in wanted}
+
+  return Model(config, init, hidden, head, features)
 
 
 def toy_batch(seed: int = 0, b: int = 8, t: int = 6, vocab: int = 11):

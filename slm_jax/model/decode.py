@@ -25,7 +25,7 @@ def init_cache(config: ModelConfig, start_B: jax.Array, slots: int) -> Cache:
 
 def extend(config: ModelConfig, params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
   """Final-normed x_BTD of T more tokens, and the cache with them. The caller sees to it that they fit."""
-  return apply(config, params, tokens_BT, cache.start_B[:, None], cache, method='run')
+  return apply(config, params, tokens_BT, cache.start_B[:, None], cache, method='run')[:2]
 
 
 def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ attention.py; legend of shapes in config.py.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from slm_jax import config as configs
 from slm_jax.config import require
 from slm_jax.model import ops, rope
-from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.api import Batch, Feature, Features, Model, Params
 from slm_jax.model.attention import Cache, attention, document_starts
 from slm_jax.model.config import ModelConfig
 
@@ -151,11 +152,11 @@ def layer(
   cache: Cache | None,
   index: jax.Array,
   places: tuple[Place, Place | None],
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """Attention and MLP, each of a norm of the residual stream x and added to it.
 
   w: the weights of this layer, whose number is `index` (int32). With a cache, its tokens are attended to as well, and
-  the new keys and values are in the one returned.
+  the new keys and values are in the one returned. Last comes what `Feature`s of this layer there are, by kind.
   """
   c = config
   norm = functools.partial(_norm, c, w)
@@ -186,7 +187,7 @@ def layer(
   gate_BTF = linear('gate', h_BTD) if c.mlp != 'gelu' else None
   m_BTD = linear('down', ops.activation(c.mlp, up_BTF, gate_BTF))
   x_BTD += norm('mlp_post_norm', m_BTD) if c.post_norms else m_BTD
-  return x_BTD, cache
+  return x_BTD, cache, {'hidden': x_BTD, 'q': q_BTHK, 'k': k_BTGK, 'v': v_BTGK}
 
 
 def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
@@ -203,22 +204,32 @@ def _linear(config: ModelConfig, w: Params, name: str, x: jax.Array, n_in: int =
 
 
 def _layers(
-  config: ModelConfig, w: Params, x_BTD: jax.Array, cache: Cache | None, places: tuple[Place, Place | None]
-) -> tuple[jax.Array, Cache | None]:
-  """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says."""
+  config: ModelConfig,
+  w: Params,
+  x_BTD: jax.Array,
+  cache: Cache | None,
+  places: tuple[Place, Place | None],
+  kinds: Sequence[str],
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+  """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says.
+
+  kinds: of features that are wanted: [L,B,T,...] each. Where the scan is unrolled, the compiler keeps those layers of
+  them that are used; in a loop, memory holds all.
+  """
   unroll = config.unroll or config.n_layers
 
   def body(carry, one):
     x_BTD, cache = carry
-    return layer(config, one[0], x_BTD, cache, one[1], places), None
+    x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places)
+    return (x_BTD, cache), {kind: made[kind] for kind in kinds}
 
   if config.remat != 'none':
     # 'dots' keeps the projections' outputs and recomputes the rest: scores, softmax, norms, activations.
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
     # Between iterations of a loop the compiler cannot merge the two computations; inside an unrolled one it could.
     body = jax.checkpoint(body, policy=policy, prevent_cse=unroll > 1)
-  carry, _ = jax.lax.scan(body, (x_BTD, cache), (w, jnp.arange(config.n_layers)), unroll=unroll)
-  return carry
+  (x_BTD, cache), made = jax.lax.scan(body, (x_BTD, cache), (w, jnp.arange(config.n_layers)), unroll=unroll)
+  return x_BTD, cache, made
 
 
 # ----------------------------------------------------------------------------------------------------- the decoder
@@ -246,7 +257,13 @@ class Decoder(nn.Module):
     return self.head(self.hidden(tokens_BT, segments_BT))
 
   def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
-    """x_BTD after the final norm.
+    """x_BTD after the final norm. segments: see `features`."""
+    return self.features(tokens_BT, segments_BT)[0]
+
+  def features(
+    self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, wanted: Sequence[Feature] = ()
+  ) -> tuple[jax.Array, Features]:
+    """x_BTD after the final norm, and what else is wanted of the same pass.
 
     segments: int32, 0 for padding, documents numbered from 1 in each row; None: every row is one document. Attention
     stays inside a document, and positions start anew in each.
@@ -254,12 +271,12 @@ class Decoder(nn.Module):
     t = tokens_BT.shape[1]
     require(t <= self.config.max_len, f'tokens: a sequence of {t} is longer than model.max_len={self.config.max_len}')
     start_BT = jnp.zeros((1, t), jnp.int32) if segments_BT is None else document_starts(segments_BT)
-    return self.run(tokens_BT, start_BT)[0]
+    return self.run(tokens_BT, start_BT, None, wanted)[::2]
 
   def run(
-    self, tokens_BT: jax.Array, start_BT: jax.Array, cache: Cache | None = None
-  ) -> tuple[jax.Array, Cache | None]:
-    """(x_BTD, cache): T tokens after those in the cache; start: the first slot of each token's document."""
+    self, tokens_BT: jax.Array, start_BT: jax.Array, cache: Cache | None = None, wanted: Sequence[Feature] = ()
+  ) -> tuple[jax.Array, Cache | None, Features]:
+    """(x_BTD, cache, features): T tokens after those in the cache; start: the first slot of each token's document."""
     c = self.config
     slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
     x_BTD = ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype)
@@ -267,10 +284,12 @@ class Decoder(nn.Module):
       position_BT = jnp.maximum(slot_BT - start_BT, 0)  # negative in the padding before a row's start
       x_BTD = x_BTD + ops.embed(self.weights['embed']['positions'], position_BT, 1.0, c.dtype)
     places = _places(c, slot_BT, start_BT)
-    x_BTD, cache = _layers(c, self.weights['layers'], x_BTD, cache, places)
+    embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
+    x_BTD, cache, made = _layers(c, self.weights['layers'], x_BTD, cache, places, kinds)
+    features = {f: made[f.kind][f.layer - 1] if f.layer else embedded_BTD for f in wanted}
     if cache is not None:
       cache = cache._replace(used=cache.used + tokens_BT.shape[1])
-    return _norm(c, self.weights, 'final_norm', x_BTD), cache
+    return _norm(c, self.weights, 'final_norm', x_BTD), cache, features
 
   def head(self, x: jax.Array) -> jax.Array:
     """x_...D -> float32 logits_...V, soft-cap included. In muP they are divided by r, which is cheaper done to x."""
@@ -297,4 +316,13 @@ def build(config: ModelConfig) -> Model:
   def head(params: Params, x: jax.Array) -> jax.Array:
     return apply(config, params, x, method='head')
 
-  return Model(config, init, hidden, head)
+  def features(params: Params, batch: Batch, wanted: Sequence[Feature]) -> tuple[jax.Array, Features]:
+    for kind, layer in wanted:
+      first = 0 if kind == 'hidden' else 1
+      require(
+        first <= layer <= config.n_layers,
+        f'{kind} of layer {layer}: a model of {config.n_layers} layers has {first}..{config.n_layers}',
+      )
+    return apply(config, params, batch['inputs'], batch.get('segments'), tuple(wanted), method='features')
+
+  return Model(config, init, hidden, head, features)
