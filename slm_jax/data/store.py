@@ -141,9 +141,15 @@ def _write(
       counts.update(bytes=int(tokenizer.byte_lengths[text[prompt - 1 :]].sum()))
       yield Piece(tokens, None, prompt)
 
+  written = write(path, pieces(), config, tokenizer.pad, wide)
+  return {**counts, **written}
+
+
+def write(path: Path, pieces: Iterable[Piece], config: DataConfig, pad: int, wide: bool) -> dict[str, Any]:
+  """Packs documents into the records of a split."""
   writer = ArrayRecordWriter(str(path), _OPTIONS)
   predicted, padding, nats = [], 0, []
-  for record in _PACK[config.packing](pieces(), config.seq_len, tokenizer.pad):
+  for record in _PACK[config.packing](pieces, config.seq_len, pad):
     padding += int((record.segments == 0).sum())
     writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u2').tobytes())
     predicted.append(int(packing.mask(record.segments).sum()))
@@ -151,7 +157,7 @@ def _write(
   writer.close()
   known = {'nats': nats, 'predicted_each': predicted} if None not in nats else {}
   share = padding / (len(predicted) * (config.seq_len + 1))
-  return {**counts, 'records': len(predicted), 'predicted': sum(predicted), 'padding': share, **known}
+  return {'records': len(predicted), 'predicted': sum(predicted), 'padding': share, **known}
 
 
 def _prompt_end(config: DataConfig, tokenizer: Tokenizer) -> int | None:

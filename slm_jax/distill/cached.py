@@ -21,15 +21,13 @@ from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch, Join
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.store import Store
-from slm_jax.distill import capture, records, signals, teachers
-from slm_jax.distill.judge import judge
+from slm_jax.distill import capture, records, signals
+from slm_jax.distill.judge import asked_at_the_end
 from slm_jax.distill.logits import Signal, TokenLoss, check_k, check_signal
 from slm_jax.distill.records import Damaged, Layout, Precision, Told
 from slm_jax.distill.signals import Dense, Sampled, SignalLoss, Tail, TopK
 from slm_jax.distill.teachers import Source
-from slm_jax.losses import Terms
-from slm_jax.model.api import Batch, Params
-from slm_jax.step import Context, Resources, Transform
+from slm_jax.step import Resources, Transform
 
 AUTO = 'auto'
 LOOKED_AT = 64  # sequences of each source that are looked up before anything is compiled
@@ -207,18 +205,7 @@ class CachedDistill(TokenLoss):
       'sampled': signals.sampled_loss,
     }[self.signal]
     transform = self.transform(cached(self.kind, self._layout(resources.vocab)), loss(), resources)
-    return self._judged(transform, resources), {}
-
-  def _judged(self, transform: Transform, resources: Resources) -> Transform:
-    """With what the teacher says of the finished student, if it is there to be asked; it is loaded at the end only."""
-    if not self.teacher:
-      return transform
-    name, load = f'teacher_{self.teacher}', functools.cache(lambda: resources.load(self.teacher))
-
-    def judge_now(params: Params, batch: Batch, context: Context) -> Terms:
-      return judge(resources.model, teachers.online(load()[0], name), resources)(params, batch, context)
-
-    return transform._replace(judge=judge_now, witnesses=lambda: {name: load()[1]})
+    return asked_at_the_end(transform, self.teacher, resources) if self.teacher else transform, {}
 
   def _layout(self, vocab: int) -> Layout:
     return capture.layout(self.signal, self.k, self.draws, vocab, self.precision, f'{self.kind}.')

@@ -9,6 +9,7 @@
 Sums over tokens, in nats, over the tokenizer's vocabulary: what a model has beyond that is padding.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,10 +19,10 @@ from slm_jax import losses
 from slm_jax.distill import rollouts
 from slm_jax.distill.divergences import kl_of_logs, log_softmax
 from slm_jax.distill.rollouts import Rows
-from slm_jax.distill.teachers import Teacher
+from slm_jax.distill.teachers import Teacher, online
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
-from slm_jax.step import Context, Resources
+from slm_jax.step import Context, Resources, Transform
 
 SEQUENCES = 64  # texts that the student writes, in all; a whole batch at a time
 PROMPT = 8  # tokens of a document after which it does, where the data have no prompts
@@ -114,3 +115,13 @@ def written(student: Model, params: Params, batch: Batch, key: jax.Array, resour
     eos=resources.eos,
     pad=resources.pad,
   )
+
+
+def asked_at_the_end(transform: Transform, arm: str, resources: Resources) -> Transform:
+  """The transform, with what that arm says of the finished student; it is loaded only then."""
+  name, load = f'teacher_{arm}', functools.cache(lambda: resources.load(arm))
+
+  def of_arm(params: Params, batch: Batch, context: Context) -> Terms:
+    return judge(resources.model, online(load()[0], name), resources)(params, batch, context)
+
+  return transform._replace(judge=of_arm, witnesses=lambda: {name: load()[1]})
