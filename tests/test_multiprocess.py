@@ -166,7 +166,10 @@ def test_a_teacher_and_a_parent_of_another_arm(alone, two, tmp_path):
   np.testing.assert_allclose(losses(workdir, STUDENT), losses(alone, STUDENT), atol=1e-5)
   kl = [[line.get('distill_kl', 0.0) for line in lines(where, STUDENT)] for where in (workdir, alone)]
   np.testing.assert_allclose(*kl, atol=1e-5)
-  assert json.loads((arm(two, STUDENT) / 'run.json').read_text())['summary']['parent_flops'] > 0
+  ends = [json.loads((arm(where, STUDENT) / 'run.json').read_text())['summary'] for where in (workdir, alone)]
+  assert ends[0]['parent_flops'] > 0
+  for name in ('teacher_loss', 'kl', 'reverse_kl', 'rollout_kl', 'teacher_ece'):  # of the finished student
+    assert ends[0][name] == pytest.approx(ends[1][name], abs=1e-4), name
 
 
 @pytest.mark.parametrize('devices,options', [(2, ['--config.run.fsdp=2']), (1, ['--config.run.tensor=2'])])
