@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules by optax, as functions of traced numbers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +52,9 @@ def optimizer(config: OptimConfig, steps: int, width_ratio: float = 1.0) -> Opti
   lr(t) * weight_decay is the same at all widths, and transfers better than one that is divided too (arXiv 2203.03466).
   It does follow the schedule, and the base learning rate; the fully independent decay of arXiv 2309.14322 would be
   weight_decay varied as 1 / learning_rate. ConfigError for r != 1 without adamw.
+
+  Parameters that a transform adds under a key of their own, and for which there is a number `key.rate`, are a group
+  of their own: their learning rate is multiplied by it, they do not decay, and they are clipped by their own norm.
   """
   require(
     width_ratio == 1 or config.name == 'adamw',
@@ -67,30 +70,41 @@ def optimizer(config: OptimConfig, steps: int, width_ratio: float = 1.0) -> Opti
       return learning_rate(hparams, count)
 
     decay, clip = hparams['optim.weight_decay'], hparams['optim.clip']
+    rates = {name.removesuffix('.rate'): value for name, value in hparams.items() if name.endswith('.rate')}
+
+    def decayed(params):
+      """True for matrices: all but norms and biases, by name, since stacked layers add an axis to all of them."""
+      return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key not in rates and not _is_vector(path), params)
+
     if config.name == 'adamw':
       update = optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         divide_hidden(width_ratio),
-        optax.add_decayed_weights(decay, _decayed),
+        optax.add_decayed_weights(decay, decayed),
         optax.scale_by_learning_rate(rate),
       )
     elif config.name == 'muon':
       # consistent_rms=0.2 gives matrices and Adam's vectors one learning rate (Moonlight, arXiv 2502.16982).
-      update = optax.contrib.muon(
-        rate,
+      # Without decay: Muon's own mask for it does not reach what is left to Adam, and norms would decay.
+      direction = optax.contrib.muon(
+        1.0,
         beta=config.b2,
         eps=config.eps,
-        weight_decay=decay,
         adam_b1=config.b1,
         adam_b2=config.b2,
-        adam_weight_decay=decay,
-        weight_decay_mask=_decayed,
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,
       )
+      update = optax.chain(
+        direction,
+        optax.scale(-1.0),  # it comes as a descent already
+        optax.add_decayed_weights(decay, decayed),
+        optax.scale_by_learning_rate(rate),
+      )
     else:  # Adafactor's own decay is not multiplied by the learning rate: do so here
-      update = optax.adafactor(rate, weight_decay_rate=lambda count: rate(count) * decay, weight_decay_mask=_decayed)
-    return optax.chain(optax.clip_by_global_norm(jnp.where(clip > 0, clip, jnp.inf)), update)
+      update = optax.adafactor(rate, weight_decay_rate=lambda count: rate(count) * decay, weight_decay_mask=decayed)
+    clipping = optax.clip_by_global_norm(jnp.where(clip > 0, clip, jnp.inf))
+    return optax.chain(clip_groups(clipping, rates), update, multiply_groups(rates))
 
   names = ('learning_rate', 'weight_decay', 'clip')
   return Optimizer({f'optim.{name}': getattr(config, name) for name in names}, make, learning_rate)
@@ -107,6 +121,26 @@ def divide_hidden(by: float) -> optax.GradientTransformation:
     return jax.tree_util.tree_map_with_path(divide, updates)
 
   return optax.identity() if by == 1 else optax.stateless(divide_all)
+
+
+def clip_groups(clipping: optax.GradientTransformation, groups: Collection[str]) -> optax.GradientTransformation:
+  """`clipping`, which remembers nothing, of each group by itself and of all the rest together."""
+
+  def clip_all(updates, params=None):
+    parts = {name: clipping.update(updates[name], optax.EmptyState())[0] for name in groups}
+    rest = {name: tree for name, tree in updates.items() if name not in groups}
+    return parts | clipping.update(rest, optax.EmptyState())[0]
+
+  return optax.stateless(clip_all) if groups else clipping
+
+
+def multiply_groups(rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+  """Multiplies the updates of each group by its rate."""
+
+  def multiply(updates, params=None):
+    return {**updates, **{name: jax.tree.map(lambda u, r=r: u * r, updates[name]) for name, r in rates.items()}}
+
+  return optax.stateless(multiply) if rates else optax.identity()
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -133,11 +167,6 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array
     return warm * (1 - (1 - config.final) * drop)
 
   return shape
-
-
-def _decayed(params: Any) -> Any:
-  """True for matrices: everything but norms and biases, by name, since stacked layers add an axis to all of them."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
 
 
 def _matrices(params: Any) -> Any:

@@ -143,7 +143,8 @@ def assemble(
   axes = decoder.logical_axes(config.model)
   layout = sharding.shardings(shapes, axes, mesh)
 
-  new_params = jax.jit(model.init, out_shardings=layout.params)
+  own = sharding.shardings(jax.eval_shape(model.init, jax.random.PRNGKey(0)), axes, mesh)  # not what transforms add
+  new_params = jax.jit(model.init, out_shardings=own)
   new_state = jax.jit(
     lambda key, params, hparams: init_state(key, params, optim, transform)._replace(hparams=hparams),
     out_shardings=layout,

@@ -37,6 +37,19 @@ def test_adamw_is_optax_adamw_and_spares_norms_and_biases():
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
+def test_without_a_gradient_matrices_shrink_and_norms_and_biases_stay(name):
+  opt = optimizer(OptimConfig(name, learning_rate=1e-2, warmup=0, schedule='constant', weight_decay=0.3), 10)
+  zeros = jax.tree.map(jnp.zeros_like, params())
+  after = apply(opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()}), zeros, params())
+
+  def check(path, new, old):
+    factor = 1 if path[-1].key in ('attn_norm', 'up_bias') else 1 - 1e-2 * 0.3
+    np.testing.assert_allclose(new, factor * old, rtol=1e-5)
+
+  jax.tree_util.tree_map_with_path(check, after, params())
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
 def test_every_optimiser_descends_and_takes_traced_numbers(name):
   opt = optimizer(OptimConfig(name=name, learning_rate=1e-2, warmup=0), 100)
 
