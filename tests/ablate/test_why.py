@@ -38,9 +38,9 @@ def test_what_ids_are_made_of_is_compared_through_all_parents(arms, tmp_path):
   assert explain([a.arm_id[:6], b.arm_id], arms, tmp_path).split('\n') == [
     f'{a.arm_id} (a, seed 0) and {b.arm_id} (b, seed 0) differ in',
     '  train.steps: 1000 -> 9',
+    '  transforms.distill.weight: 0.5 -> 0.25',
     f'  transforms.distill.teacher: {small.arm_id} -> {large.arm_id}, which differ in',
     '    model.n_layers: 3 -> 4',
-    '  transforms.distill.weight: 0.5 -> 0.25',
   ]
 
 
