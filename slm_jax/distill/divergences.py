@@ -27,6 +27,11 @@ def kl_of_logs(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
+def entropy_of_log(log_p: jax.Array) -> jax.Array:
+  """-sum p log p."""
+  return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
 def kl(p: jax.Array, q: jax.Array, mix: jax.Array | float = 0.0) -> jax.Array:
   """Forward KL(p || q) (Hinton et al., arXiv 1503.02531)."""
   return kl_of_logs(log_softmax(p), log_softmax(q))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from slm_jax import losses
 from slm_jax.distill import rollouts
-from slm_jax.distill.divergences import kl_of_logs, log_softmax
+from slm_jax.distill.divergences import entropy_of_log, kl_of_logs, log_softmax
 from slm_jax.distill.rollouts import Rows
 from slm_jax.distill.teachers import Teacher, online
 from slm_jax.losses import Term, Terms
@@ -43,7 +43,7 @@ def judge(student: Model, teacher: Teacher, resources: Resources) -> Judge:
     slot = teacher.init(params)
 
     def of_chunk(logits, tokens, context):
-      log_p = log_softmax(teacher.logits(slot, tokens, context)[..., :vocab])
+      log_p = log_softmax(teacher.logits(slot, tokens, context))
       return token_loss(log_p, log_softmax(logits[..., :vocab]), tokens)
 
     batch = {**batch, **teacher.data(slot, batch, context)}
@@ -75,8 +75,8 @@ def on_text(log_p: jax.Array, log_q: jax.Array, tokens: Batch) -> Terms:
     'agreement': term(same.astype(jnp.float32)),
     'kl': term(kl_of_logs(log_p, log_q)),
     'reverse_kl': term(kl_of_logs(log_q, log_p)),
-    'entropy': term(_entropy(log_q)),
-    'teacher_entropy': term(_entropy(log_p)),
+    'entropy': term(entropy_of_log(log_q)),
+    'teacher_entropy': term(entropy_of_log(log_p)),
     'teacher_ece': losses.calibration(log_p, targets, mask),
   }
 
@@ -85,10 +85,6 @@ def on_rollout(log_p: jax.Array, log_q: jax.Array, tokens: Batch) -> Terms:
   """Exact at each position, given the text before it; only the text is drawn."""
   mask = tokens['mask']
   return {'rollout_kl': Term((kl_of_logs(log_q, log_p) * mask).sum(), mask.sum(), 0.0)}
-
-
-def _entropy(log_p: jax.Array) -> jax.Array:
-  return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
 def written(student: Model, params: Params, batch: Batch, key: jax.Array, resources: Resources) -> Rows:
@@ -122,6 +118,6 @@ def asked_at_the_end(transform: Transform, arm: str, resources: Resources) -> Tr
   name, load = f'teacher_{arm}', functools.cache(lambda: resources.load(arm))
 
   def of_arm(params: Params, batch: Batch, context: Context) -> Terms:
-    return judge(resources.model, online(load()[0], name), resources)(params, batch, context)
+    return judge(resources.model, online(load()[0], name, resources.vocab), resources)(params, batch, context)
 
   return transform._replace(judge=of_arm, witnesses=lambda: {name: load()[1]})

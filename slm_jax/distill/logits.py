@@ -1,10 +1,10 @@
 """Distillation by the distribution of the next token: signal x teacher x loss, as one transform.
 
-    taught_by(dense(online(model), vocab), dense_loss(jsd), {'distill.weight': 0.5, 'distill.temperature': 1.0})
+    taught_by(dense(online(model)), dense_loss(jsd), {'distill.weight': 0.5, 'distill.temperature': 1.0})
     distill(model, weight=0.5, temperature=1.0)       # the plain case: all of the distribution, forward KL
 
 The configurations below say which: `Distill` learns from other arms, `SelfDistill` from the student's own average,
-`CachedDistill` (cache.py) from what a teacher said earlier. They share what a `TokenLoss` is.
+`CachedDistill` (cached.py) from what a teacher said earlier. They share what a `TokenLoss` is.
 """
 
 import dataclasses
@@ -52,9 +52,8 @@ class TokenLoss(TransformConfig):
   temperature: float = setting(1.0, traced=True)
   weight_end: float = setting(STAYS, traced=True)  # at the last step, reached linearly; -1: stays
   temperature_end: float = setting(STAYS, traced=True)
-  mix: float = setting(
-    0.5, traced=True
-  )  # b of the JSDs, a of the skew KLs (DistiLLM: 0.1), t of TAID at the start (0.4)
+  # b of the JSDs, a of the skew KLs (0.1 in DistiLLM), t of TAID at the start (0.4 there)
+  mix: float = setting(0.5, traced=True)
 
   def check(self, key: str) -> None:
     for name in ('weight', 'weight_end', 'mix'):
@@ -128,25 +127,24 @@ class Distill(TokenLoss):
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     parts, frozen, flops = [], {}, 0.0
-    for arm in dict.fromkeys((self.teacher, *self.co_teachers)):
+    for arm in (self.teacher, *self.co_teachers):
       model, params = resources.load(arm)
       name = f'teacher_{arm}'
       frozen[name] = teachers.stored(params, self.precision)
-      parts.append(teachers.online(model, name))
+      parts.append(teachers.online(model, name, resources.vocab))
       flops += flops_per_token(model.config, resources.seq_len, backward=False)
-    teacher = (
-      parts[0] if len(parts) == 1 else teachers.average_of(parts, self.shares or (1.0,) * len(parts), self.average)
-    )
-    source, loss = self.source(teacher, resources.vocab)
+    shares = self.shares or (1.0,) * len(parts)
+    teacher = parts[0] if len(parts) == 1 else teachers.average_of(parts, shares, self.average)
+    source, loss = self.source(teacher)
     judged = judge(resources.model, teacher, resources)
     return self.transform(source, loss, resources)._replace(flops=flops, judge=judged), frozen
 
-  def source(self, teacher: teachers.Teacher, vocab: int) -> tuple[Source, SignalLoss]:
+  def source(self, teacher: teachers.Teacher) -> tuple[Source, SignalLoss]:
     if self.signal == 'top_k':
-      return teachers.largest(teacher, vocab, self.k), signals.top_k_loss(self.tail)
+      return teachers.largest(teacher, self.k), signals.top_k_loss(self.tail)
     if self.signal == 'sampled':
-      return teachers.drawn(teacher, vocab, self.draws, self.kind), signals.sampled_loss()
-    return teachers.dense(teacher, vocab), self.dense_loss()
+      return teachers.drawn(teacher, self.draws, self.kind), signals.sampled_loss()
+    return teachers.dense(teacher), self.dense_loss()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +159,7 @@ class SelfDistill(TokenLoss):
     require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
-    source = teachers.dense(teachers.own_average(resources.model, self.kind), resources.vocab)
+    source = teachers.dense(teachers.own_average(resources.model, self.kind, resources.vocab))
     flops = flops_per_token(resources.model.config, resources.seq_len, backward=False)
     return self.transform(source, self.dense_loss(), resources)._replace(flops=flops), {}
 
@@ -200,7 +198,7 @@ def distill(teacher: Model, weight: float, temperature: float) -> Transform:
 
   `frozen['teacher']` holds the teacher's parameters.
   """
-  source = teachers.dense(teachers.online(teacher), teacher.config.vocab_size)
+  source = teachers.dense(teachers.online(teacher))
   numbers = {'distill.weight': weight, 'distill.temperature': temperature}
   return taught_by(source, signals.dense_loss(kl), numbers)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slm_jax.distill.divergences import LOWEST, Divergence, kl_of_logs, log_softmax
+from slm_jax.distill.divergences import LOWEST, Divergence, entropy_of_log, kl_of_logs, log_softmax
 from slm_jax.model.api import Batch
 
 Tail = Literal['bucket', 'none', 'renormalize_teacher', 'renormalize_both']
@@ -155,9 +155,7 @@ def logged(signal: Signal, logits: jax.Array) -> dict[str, Nats]:
   """
   if isinstance(signal, Dense):
     log_p = log_softmax(signal.logits)
-    entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-    cross = -(jnp.exp(log_p) * log_softmax(logits)).sum(-1)
-    return {'kl': cross - entropy, 'entropy': entropy}
+    return {'kl': kl_of_logs(log_p, log_softmax(logits)), 'entropy': entropy_of_log(log_p)}
   if isinstance(signal, TopK):
     one = jnp.float32(1)
     return {'kl': top_k_loss('bucket')(signal, logits, {}, one, one)}

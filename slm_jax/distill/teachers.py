@@ -4,7 +4,7 @@ A teacher works in two parts. `data` runs once a batch, outside of the gradient,
 (hidden states); `logits` turns that into a distribution for a chunk of tokens at a time, when the student's logits of
 the same tokens exist. What a teacher remembers is a slot; frozen parameters are not, they are in `context.frozen`.
 
-    Source = what a loss needs: dense(teacher) | largest(teacher, k) | drawn(teacher, draws) | cached (cache.py)
+    Source = what a loss needs: dense(teacher) | largest(teacher, k) | drawn(teacher, draws) | cached (cached.py)
 """
 
 import zlib
@@ -26,6 +26,8 @@ Precision = Literal['own', 'bfloat16', 'int8']
 
 
 class Teacher(NamedTuple):
+  """V is the tokenizer's vocabulary: what a model has beyond is padding, and no teacher speaks of it."""
+
   init: Callable[[Params], Slot]
   data: Callable[[Slot, Batch, Context], dict[str, jax.Array]]  # entries [B, T, ...] of the batch
   logits: Callable[[Slot, Batch, Context], jax.Array]  # (slot, a chunk's entries, context) -> float32 [..., V]
@@ -41,8 +43,8 @@ class Source(NamedTuple):
   after: Callable[[Slot, TrainState, Update], Slot]
 
 
-def online(model: Model, key: str = 'teacher') -> Teacher:
-  """Another model, whose parameters are `frozen[key]`, as `stored` made them."""
+def online(model: Model, key: str = 'teacher', vocab: int | None = None) -> Teacher:
+  """Another model, whose parameters are `frozen[key]`, as `stored` made them. vocab: all that it has, unless given."""
 
   def params(context):
     return restored(context.frozen[key])
@@ -50,7 +52,7 @@ def online(model: Model, key: str = 'teacher') -> Teacher:
   return Teacher(
     init=lambda params: (),
     data=lambda slot, batch, context: {f'{key}_hidden': model.hidden(params(context), batch)},
-    logits=lambda slot, tokens, context: model.head(params(context), tokens[f'{key}_hidden']),
+    logits=lambda slot, tokens, context: model.head(params(context), tokens[f'{key}_hidden'])[..., :vocab],
     after=lambda slot, state, update: slot,
   )
 
@@ -78,13 +80,13 @@ def average_of(teachers: Sequence[Teacher], shares: Sequence[float], average: Av
   )
 
 
-def own_average(model: Model, name: str) -> Teacher:
+def own_average(model: Model, name: str, vocab: int | None = None) -> Teacher:
   """The student's own moving average; its decay is the traced `name`.decay (mean teacher, arXiv 1703.01780)."""
 
   return Teacher(
     init=lambda params: jax.tree.map(lambda p: p.astype(jnp.float32), params),
     data=lambda slot, batch, context: {f'{name}_hidden': model.hidden(slot, batch)},
-    logits=lambda slot, tokens, context: model.head(slot, tokens[f'{name}_hidden']),
+    logits=lambda slot, tokens, context: model.head(slot, tokens[f'{name}_hidden'])[..., :vocab],
     after=lambda slot, state, update: follow(slot, state.params, update.context.step, state.hparams[f'{name}.decay']),
   )
 
@@ -92,27 +94,27 @@ def own_average(model: Model, name: str) -> Teacher:
 # ------------------------------------------------------------------------------------------------ what they tell
 
 
-def dense(teacher: Teacher, vocab: int) -> Source:
-  """All of the distribution over the first `vocab` tokens; what a model has beyond is padding."""
+def dense(teacher: Teacher) -> Source:
+  """All of the distribution."""
   return Source(
     teacher.init,
     teacher.data,
-    lambda slot, tokens, context: Dense(teacher.logits(slot, tokens, context)[..., :vocab]),
+    lambda slot, tokens, context: Dense(teacher.logits(slot, tokens, context)),
     teacher.after,
   )
 
 
-def largest(teacher: Teacher, vocab: int, k: int) -> Source:
+def largest(teacher: Teacher, k: int) -> Source:
   """The k largest entries, and what is left."""
   return Source(
     teacher.init,
     teacher.data,
-    lambda slot, tokens, context: signals.top_k(teacher.logits(slot, tokens, context)[..., :vocab], k),
+    lambda slot, tokens, context: signals.top_k(teacher.logits(slot, tokens, context), k),
     teacher.after,
   )
 
 
-def drawn(teacher: Teacher, vocab: int, draws: int, name: str) -> Source:
+def drawn(teacher: Teacher, draws: int, name: str) -> Source:
   """Independent draws, other ones in each step. The random numbers, not the draws, are made before the chunks."""
 
   def data(slot, batch, context):
@@ -121,7 +123,7 @@ def drawn(teacher: Teacher, vocab: int, draws: int, name: str) -> Source:
     return {**teacher.data(slot, batch, context), f'{name}_uniform': uniform}
 
   def signal(slot, tokens, context):
-    return signals.sampled(teacher.logits(slot, tokens, context)[..., :vocab], tokens[f'{name}_uniform'])
+    return signals.sampled(teacher.logits(slot, tokens, context), tokens[f'{name}_uniform'])
 
   return Source(teacher.init, data, signal, teacher.after)
 

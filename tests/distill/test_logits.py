@@ -29,7 +29,7 @@ def with_(divergence='kl', weight=1.0, temperature=1.0, teacher=ONLINE, **more):
   numbers = {'distill.weight': weight, 'distill.temperature': temperature}
   numbers |= {f'distill.{k}': more.pop(k) for k in ('mix', 'weight_end', 'temperature_end') if k in more}
   loss = signals.dense_loss(DIVERGENCES[divergence])
-  return taught_by(teachers.dense(teacher, MODEL.config.vocab_size), loss, numbers, **more)
+  return taught_by(teachers.dense(teacher), loss, numbers, **more)
 
 
 def start(transform, seed=0):
@@ -53,8 +53,8 @@ def close(a, b, tolerance=1e-6):
 
 SOURCES = {
   **{name: lambda name=name: with_(name, mix=0.3, temperature=2.0) for name in DIVERGENCES},
-  'top_k': lambda: taught_by(teachers.largest(ONLINE, 11, 3), signals.top_k_loss(), NUMBERS),
-  'sampled': lambda: taught_by(teachers.drawn(ONLINE, 11, 5, 'distill'), signals.sampled_loss(), NUMBERS),
+  'top_k': lambda: taught_by(teachers.largest(ONLINE, 3), signals.top_k_loss(), NUMBERS),
+  'sampled': lambda: taught_by(teachers.drawn(ONLINE, 5, 'distill'), signals.sampled_loss(), NUMBERS),
   'taid': lambda: with_('kl', moving=True, steps=10, mix=0.4),
 }
 NUMBERS = {'distill.weight': 0.7, 'distill.temperature': 1.0}
@@ -181,7 +181,7 @@ def test_an_ensemble_of_one_teacher_twice_is_that_teacher():
 
 
 def test_ones_own_average_teaches_nothing_at_first_and_follows():
-  source = teachers.dense(teachers.own_average(MODEL, 'self_distill'), 11)
+  source = teachers.dense(teachers.own_average(MODEL, 'self_distill'))
   numbers = {'self_distill.weight': 0.5, 'self_distill.temperature': 1.0, 'self_distill.decay': 0.9}
   transform = taught_by(source, signals.dense_loss(kl), numbers, name='self_distill')
   state, seen = run(transform, 8, frozen={})
@@ -222,7 +222,7 @@ def test_padding_of_the_vocabulary_is_no_part_of_it():
 
   def distilled(teacher, student):
     numbers = {'distill.weight': 1.0, 'distill.temperature': 2.0}
-    source = teachers.dense(teachers.online(teacher), 11)
+    source = teachers.dense(teachers.online(teacher, vocab=11))
     transform = taught_by(source, signals.dense_loss(kl), numbers, vocab=11)
     return jax.jit(make_step(student, OPTIM, transform))(start(transform), toy_batch(), FROZEN)
 

@@ -51,7 +51,7 @@ def chained(divergence='reverse_kl', fraction=1.0, weight=1.0, **settings):
 def taught(divergence='reverse_kl', weight=1.0):
   drawn = divergence == 'policy_gradient'
   loss = signals.policy_gradient() if drawn else signals.dense_loss(DIVERGENCES[divergence])
-  source = teachers.dense(teachers.online(MODEL), V)
+  source = teachers.dense(teachers.online(MODEL, vocab=V))
   return taught_by(source, loss, {'distill.weight': weight, 'distill.temperature': 1.0}, drawn=drawn)
 
 
