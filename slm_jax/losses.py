@@ -103,23 +103,39 @@ def over_chunks(
   tokens = {k: v for k, v in batch.items() if v.ndim >= 2 and v.shape[:2] == (b, t)}
   if b * t <= chunk:
     return token_loss(head(params, hidden_BTD), tokens, context)
-  width = max(1, chunk // b)
-  steps = -(-t // width)
-  padding = steps * width - t  # padded tokens have mask 0
-
-  def cut(x):
-    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(b, steps, width, *x.shape[2:]), 1, 0)
 
   @jax.checkpoint
   def body(params, x, tokens):
     return token_loss(head(params, x), tokens, context)
 
-  pieces = (cut(hidden_BTD), {k: cut(v) for k, v in tokens.items()})
+  pieces = cut((hidden_BTD, tokens), chunk)  # padded tokens have mask 0
   first = jax.eval_shape(body, params, *jax.tree.map(lambda x: x[0], pieces))
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), first)
   total, _ = jax.lax.scan(lambda terms, piece: (add(terms, body(params, *piece)), None), zero, pieces)
   return total
+
+
+def cut(tree: Any, chunk: int) -> Any:
+  """Arrays [B,T,...] as pieces [n,B,T/n,...] of about `chunk` tokens, padded with zeros."""
+
+  def of(x):
+    b, t = x.shape[:2]
+    width = max(1, min(t, chunk // b))
+    n = -(-t // width)
+    x = jnp.pad(x, [(0, 0), (0, n * width - t)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, n, width, *x.shape[2:]), 1, 0)
+
+  return jax.tree.map(of, tree)
+
+
+def uncut(tree: Any, t: int) -> Any:
+  """What `cut` cut, without its padding."""
+
+  def of(x):
+    n, b, width = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(b, n * width, *x.shape[3:])[:, :t]
+
+  return jax.tree.map(of, tree)
 
 
 def gradient(terms_of: Callable[[Any, Any], Terms], params: Any, batch: Any, parts: int = 1) -> tuple[Terms, Any]:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from slm_jax import losses
 from slm_jax.checksum import checksum
 from slm_jax.config import ConfigError, require, to_dict
 from slm_jax.data import batches, sources
@@ -35,7 +36,6 @@ from slm_jax.distill import records, signals
 from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.records import Layout, Precision
 from slm_jax.files import disk_errors, read_object, write_json
-from slm_jax.losses import CHUNK
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token
 
@@ -265,19 +265,8 @@ def teller(model: Model, layout: Layout) -> Callable[[Params, Any, Any], Any]:
 
   def tell(params: Params, batch: Batch, uniform: jax.Array) -> dict[str, jax.Array]:
     hidden = model.hidden(params, batch)
-    b, t, _ = hidden.shape
-    width = max(1, min(t, CHUNK // b))
-    steps = -(-t // width)
-
-    def cut(x: jax.Array) -> jax.Array:
-      x = jnp.pad(x, [(0, 0), (0, steps * width - t)] + [(0, 0)] * (x.ndim - 2))
-      return jnp.moveaxis(x.reshape(b, steps, width, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-      return jnp.moveaxis(x, 0, 1).reshape(b, steps * width, *x.shape[3:])[:, :t]
-
-    pieces = (cut(hidden), cut(batch['targets']), cut(uniform))
-    return jax.tree.map(join, jax.lax.map(lambda piece: of_chunk(params, *piece), pieces))
+    pieces = losses.cut((hidden, batch['targets'], uniform), losses.CHUNK)
+    return losses.uncut(jax.lax.map(lambda piece: of_chunk(params, *piece), pieces), hidden.shape[1])
 
   return jax.jit(tell)
 
