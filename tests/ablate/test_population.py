@@ -28,17 +28,11 @@ def base(**changes):
   return override(tiny.config(STEPS), {'eval.every': 25, 'run.checkpoint_every': 20, **changes})
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  """Of the fake ones: a population does not span devices."""
-  make = sharding.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda data, fsdp, tensor: make(1, 1, 1, jax.devices()[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures('one_fake_device')  # a population does not span devices
 
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory, one_device):
+def root(tmp_path_factory, one_fake_device):
   """A workdir with a trained teacher."""
   workdir = tmp_path_factory.mktemp('population')
   teacher = base(**{'name': 'teacher', 'model.d_model': 24, 'train.steps': 10, 'eval.every': 10})

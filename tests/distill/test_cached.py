@@ -12,7 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from fakes import arms_of, experiment
 
-from slm_jax import metrics, sharding, train
+from slm_jax import metrics, train
 from slm_jax.ablate import cost, measure, population
 from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError, check, override, semantic_hash
@@ -28,15 +28,7 @@ V = Bytes.vocab_size
 EXACT = {'teacher': 'teacher', 'precision': 'float32'}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  """Of the fake ones: a population does not span devices."""
-  make = sharding.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      sharding, 'make_mesh', lambda data=0, fsdp=1, tensor=1, devices=None: make(1, 1, 1, jax.devices()[:1])
-    )
-    yield
+pytestmark = pytest.mark.usefixtures('one_fake_device')  # a population does not span devices
 
 
 def base(*transforms, **changes):
@@ -44,7 +36,7 @@ def base(*transforms, **changes):
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory, one_device):
+def workdir(tmp_path_factory, one_fake_device):
   """With a trained teacher, and one of another seed."""
   folder = tmp_path_factory.mktemp('cached')
   for arm, seed in (('teacher', 0), ('other', 1)):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from fakes import arms_of, experiment
 
-from slm_jax import sharding, train
+from slm_jax import train
 from slm_jax.ablate import measure, population
 from slm_jax.config import ConfigError, check, override
 from slm_jax.data import packing
@@ -26,15 +26,7 @@ MODEL = decoder.build(CONFIG.model)
 PARAMS = jax.tree.map(lambda x: x * 8, MODEL.init(jax.random.PRNGKey(0)))  # so that it is far from uniform
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  """Of the fake ones: a population does not span devices."""
-  make = sharding.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      sharding, 'make_mesh', lambda data=0, fsdp=1, tensor=1, devices=None: make(1, 1, 1, jax.devices()[:1])
-    )
-    yield
+pytestmark = pytest.mark.usefixtures('one_fake_device')  # a population does not span devices
 
 
 @pytest.fixture(scope='module')
