@@ -31,6 +31,9 @@ from slm_jax.prune.cut import cut
 from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, TrainState, chain, init_state, make_step
 
+# Of the last evaluation, and of the books; exact_match is there if the data have completions.
+REPORTED = ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'exact_match', 'ece', 'tokens', 'seconds')
+
 Place = Callable[[Any], Any]  # host arrays -> device arrays
 Load = Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
 
@@ -112,9 +115,15 @@ def assemble(
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  tokens = dataset.tokenizer
   resources = Resources(
-    config.train.steps, config.data.seq_len, tokens.vocab_size, model, load, derived, tokens.eos, tokens.pad
+    steps=config.train.steps,
+    seq_len=config.data.seq_len,
+    vocab=dataset.tokenizer.vocab_size,
+    eos=dataset.tokenizer.eos,
+    pad=dataset.tokenizer.pad,
+    model=model,
+    load=load,
+    folder=derived,
   )
 
   def opened(dataset: Dataset) -> Dataset:
@@ -135,8 +144,6 @@ def assemble(
     z_loss=config.train.z_loss,
     chunk=config.train.loss_chunk,
   )
-
-  completions = config.data.packing == 'single' and bool(config.data.prompt_end)
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
   shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
@@ -170,7 +177,9 @@ def assemble(
     layout=layout,
     abstract=sharding.abstract(shapes, layout),
     final=lambda state: transform.final(state.slots, state.params),
-    measure=evaluate.make_measure(model, dataset.tokenizer.byte_lengths, config.train.loss_chunk, completions),
+    measure=evaluate.make_measure(
+      model, dataset.tokenizer.byte_lengths, config.train.loss_chunk, config.data.has_completions
+    ),
     judge=transform.judge,
     witnesses=transform.witnesses,
     place=sharding.placer(mesh),
@@ -241,8 +250,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   context = Context(state.step, jax.random.PRNGKey(config.seed), state.hparams, {**job.frozen, **job.witnesses()})
   judge = jax.jit(job.judge, out_shardings=job.layout.step)
   return {
-    **{k: results[k] for k in ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'ece', 'tokens', 'seconds')},
-    **{k: results[k] for k in ('exact_match',) if k in results},
+    **{k: results[k] for k in REPORTED if k in results},
     **evaluate.judged(judge, params, valid_batches(job), context),
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,

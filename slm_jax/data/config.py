@@ -26,11 +26,10 @@ class DataConfig:
   tokenizer_file: str = setting('', semantic=False)  # a SentencePiece .model; empty: trained on the training split
   vocab_size: int = 512  # of a SentencePiece that is trained here
   seq_len: int = 128
-  packing: Literal['split', 'whole', 'single'] = 'split'  # whole: only a document longer than seq_len is cut;
-  # single: one document a sequence, and a longer one is an error
-  prompt_end: str = (
-    ''  # one token, which every document holds: up to the first one nothing is predicted; '': no prompts
-  )
+  # whole: only a document longer than seq_len is cut; single: one document a sequence, and a longer one is an error
+  packing: Literal['split', 'whole', 'single'] = 'split'
+  # A text that is one token, and in every document: up to the first one nothing is predicted. '': no prompts
+  prompt_end: str = ''
   batch_size: int = 32  # sequences in a global batch
   seed: int = 0  # order of the batches
 
@@ -49,3 +48,8 @@ class DataConfig:
       not self.tokenizer_file or self.tokenizer == 'sentencepiece',
       f"{key}.tokenizer_file={self.tokenizer_file!r}: needs {key}.tokenizer='sentencepiece'",
     )
+
+  @property
+  def has_completions(self) -> bool:
+    """Whether a sequence is one document, of a prompt and what is to follow it."""
+    return self.packing == 'single' and bool(self.prompt_end)
