@@ -1,6 +1,6 @@
 """What the questions about distillation share: a student, a wider teacher, a table, a claim and its verdict."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from slm_jax.ablate import stats
@@ -44,12 +44,12 @@ def wider(base: Config, steps: float) -> dict[str, Any]:
   return {'name': TEACHER, 'transforms': (), 'train.steps': round(steps * base.train.steps), **wide}
 
 
-def values(rows: Sequence[Row], key: str = 'loss') -> Values:
-  """Of every arm that has the number."""
+def values(rows: Sequence[Row], key: str = 'loss', of: Callable[[float], float] = lambda value: value) -> Values:
+  """Of every arm that has the number in its summary, or of a function of it."""
   found: Values = {}
   for row in rows:
     if row.summary.get(key) is not None:
-      found.setdefault(row.name, {})[row.seeds] = row.summary[key]
+      found.setdefault(row.name, {})[row.seeds] = of(row.summary[key])
   return found
 
 
@@ -74,22 +74,12 @@ def claim(what: str, better: Mapping[Hashable, float], worse: Mapping[Hashable, 
   return f'- {what}: {shown}, n={difference.n}: {stats.expectation(shifted)}'
 
 
-def scaled(of: Mapping[Hashable, float], by: float) -> dict[Hashable, float]:
-  return {seeds: by * value for seeds, value in of.items()}
-
-
-def absolute(ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], within: float) -> str:
-  """REPRODUCED if the paired difference's 95 % interval lies within ±`within`, NOT REPRODUCED if outside of it."""
-  d = stats.paired(ours, theirs)
-  shown = stats.digits(d.mean, d.half, '+')
-  if not d.n > 1:
+def equal(what: str, ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], within: float) -> str:
+  """'The two are equal within so much', over paired seeds; an interval across the limit cannot tell."""
+  difference = stats.paired(ours, theirs)
+  size, shown = abs(difference.mean), stats.digits(difference.mean, difference.half, '+')
+  if not difference.n > 1 or abs(size - within) < difference.half:
     verdict = 'CANNOT TELL'
-  elif abs(d.mean) + d.half <= within:
-    verdict = 'REPRODUCED'
   else:
-    verdict = 'NOT REPRODUCED' if abs(d.mean) - d.half > within else 'CANNOT TELL'
-  return f'{shown}, n={d.n}: {verdict}'
-
-
-def names_of(rows: Iterable[Row]) -> list[str]:
-  return list(dict.fromkeys(row.name for row in rows))
+    verdict = 'REPRODUCED' if size <= within else 'NOT REPRODUCED'
+  return f'- {what} within {within:g}: {shown}, n={difference.n}: {verdict}'

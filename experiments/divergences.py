@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import TEACHER, claim, names_of, student, table, values, wider
+from experiments.distilling import TEACHER, claim, student, table, values, wider
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -50,9 +50,8 @@ def report(rows: Sequence[Row]) -> str:
   }
   lines = table(rows, columns)
   loss, entropy, rollouts = values(rows), values(rows, 'entropy'), values(rows, 'rollout_kl')
-  for name in names_of(rows):
-    if name not in (TEACHER, 'kl'):
-      lines.append(claim(f'loss of kl < {name}', loss['kl'], loss[name]))
+  for name in DIVERGENCES[1:]:
+    lines.append(claim(f'loss of kl < {name}', loss['kl'], loss[name]))
   lines.append(claim('entropy of reverse_kl < kl', entropy['reverse_kl'], entropy['kl']))
   lines.append(claim('KL(q || p) on rollouts of reverse_kl < kl', rollouts['reverse_kl'], rollouts['kl']))
   return '\n'.join(lines)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import TEACHER, absolute, claim, student, table, values, wider
+from experiments.distilling import TEACHER, claim, equal, student, table, values, wider
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -53,7 +53,7 @@ def report(rows: Sequence[Row]) -> str:
   losses = values(rows)
   lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error', 'tokens': 'tokens', 'flops': 'FLOPs'})
   lines.append(claim(f'kd < ce by {MARGIN} at equal tokens', losses['kd'], losses['ce'], MARGIN))
-  lines.append(f'- kd = ce within {MARGIN} at equal FLOPs: {absolute(losses["kd"], losses["ce, equal FLOPs"], MARGIN)}')
+  lines.append(equal('kd = ce at equal FLOPs', losses['kd'], losses['ce, equal FLOPs'], MARGIN))
   return '\n'.join(lines)
 
 

@@ -18,14 +18,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import launch
+from experiments.distilling import TEACHER, claim, student, wider
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
-from slm_jax.data.config import DataConfig
+from slm_jax.config import override
 from slm_jax.distill.logits import Distill
-from slm_jax.experiment import Config, EvalConfig, RunConfig, TrainConfig
-from slm_jax.model.config import ModelConfig
-from slm_jax.optim import OptimConfig
+from slm_jax.experiment import Config
 
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -37,31 +36,12 @@ Setting = tuple[float, float]  # weight, temperature
 
 def config() -> Config:
   """A student; the teacher has the same depth and twice the width."""
-  return Config(
-    model=ModelConfig(
-      vocab_size=512,
-      d_model=64,
-      n_layers=2,
-      n_heads=4,
-      n_kv_heads=4,
-      head_dim=16,
-      d_ff=128,
-      max_len=64,
-      qk_norm=True,
-      init_std=0.05,
-    ),
-    data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=64, batch_size=16),
-    optim=OptimConfig(learning_rate=1e-2, warmup=30),
-    train=TrainConfig(steps=250),
-    eval=EvalConfig(every=125, sequences=256, samples=0),
-    transforms=(Distill('teacher', weight=1.0, temperature=1.0),),
-    run=RunConfig(keep=1),
-  )
+  one = Distill(TEACHER, weight=1.0, temperature=1.0)
+  return override(student(250), {'eval.every': 125, 'transforms': (one,)})
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
-  wide = {f'model.{name}': 2 * getattr(base.model, name) for name in ('d_model', 'n_heads', 'n_kv_heads', 'd_ff')}
-  yield {'name': 'teacher', 'transforms': (), 'train.steps': 5 * base.train.steps, **wide}
+  yield wider(base, 5)
   settings = [(0.0, 1.0), *((w, t) for w in WEIGHTS for t in TEMPERATURES)]
   students = [
     {'name': name_of(w, t), 'transforms.distill.weight': w, 'transforms.distill.temperature': t} for w, t in settings
@@ -77,7 +57,7 @@ def report(rows: Sequence[Row]) -> str:
   """Means over the seeds, and what became of the expectation, one paired comparison a line."""
   losses: dict[Setting, dict[Hashable, float]] = {}
   for row in rows:
-    if row.name != 'teacher':
+    if row.name != TEACHER:
       setting = row.config['transforms.distill.weight'], row.config['transforms.distill.temperature']
       losses.setdefault(setting, {})[row.seeds] = row.summary['loss']
   lines = ['    weight   ' + ''.join(f'T = {t:<18g}' for t in TEMPERATURES)]
@@ -85,10 +65,7 @@ def report(rows: Sequence[Row]) -> str:
     cells = [stats.interval(losses[weight, t].values()) for t in TEMPERATURES if (weight, t) in losses]
     lines.append(f'    {weight:<9g}' + ''.join(f'{stats.digits(cell.mean, cell.half):22}' for cell in cells))
   for other in ((0.0, 1.0), (0.5, 1.0), (1.0, 2.0), (1.0, 4.0)):
-    difference = stats.paired(losses[1.0, 1.0], losses[other])
-    shown = stats.digits(difference.mean, difference.half, '+')
-    verdict = f'{shown} nats, n={difference.n}: {stats.expectation(difference)}'
-    lines.append(f'- {name_of(1, 1)} < {name_of(*other)}: {verdict}')
+    lines.append(claim(f'{name_of(1, 1)} < {name_of(*other)}', losses[1.0, 1.0], losses[other]))
   return '\n'.join(lines)
 
 

@@ -25,11 +25,11 @@ documents, and log p of a mistake is hugely negative. Policy gradients fail alto
     python -m experiments.on_policy
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from slm_jax.ablate import stats
+from experiments.distilling import claim, table, values, wider
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.data.config import DataConfig
@@ -78,8 +78,7 @@ def config() -> Config:
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
-  wide = {f'model.{name}': 2 * getattr(base.model, name) for name in ('d_model', 'n_heads', 'n_kv_heads', 'd_ff')}
-  yield {'name': 'teacher', 'train.steps': 5 * base.train.steps, **wide}
+  yield wider(base, 5)
   yield {'name': 'sft', 'train.steps': 2 * base.train.steps}
   ways = [
     {'name': name, 'init.arm': 'sft', 'transforms': transforms, 'optim.learning_rate': base.optim.learning_rate / 5}
@@ -90,19 +89,8 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
 
 def report(rows: Sequence[Row]) -> str:
   """Means over the seeds, and what became of the expectation, one paired comparison a line."""
-  losses: dict[str, dict[Hashable, float]] = {}
-  misses: dict[str, dict[Hashable, float]] = {}
-  lines = ['    way                loss on documents     exact match']
-  for row in rows:
-    if row.name in ('teacher', 'sft'):
-      lines.append(f'    {row.name:<18} {row.summary["loss"]:<21.4f} {row.summary["exact_match"]:.3f}')
-    else:
-      losses.setdefault(row.name, {})[row.seeds] = row.summary['loss']
-      misses.setdefault(row.name, {})[row.seeds] = 1 - row.summary['exact_match']
-  for name in misses:
-    loss, miss = (stats.interval(found[name].values()) for found in (losses, misses))
-    exact = stats.digits(1 - miss.mean, miss.half)
-    lines.append(f'    {name:<18} {stats.digits(loss.mean, loss.half):<21} {exact}')
+  misses = values(rows, 'exact_match', lambda share: 1 - share)
+  lines = table(rows, {'loss': 'loss on documents', 'exact_match': 'exact match', 'rollout_kl': 'KL(q || p), rollouts'})
   for a, b, least in (
     ('reverse KL', 'off-policy', POINTS),
     ('jsd', 'off-policy', POINTS),
@@ -110,12 +98,8 @@ def report(rows: Sequence[Row]) -> str:
     ('reverse KL', 'policy gradient', 0.0),
     ('replay', 'off-policy', POINTS),
   ):
-    if a in misses and b in misses:
-      difference = stats.paired(misses[a], misses[b])
-      shown = stats.digits(difference.mean, difference.half, '+')
-      asked = f' by {least:g}' if least else ''
-      shifted = difference._replace(mean=difference.mean + least)
-      lines.append(f'- misses of {a} < {b}{asked}: {shown}, n={difference.n}: {stats.expectation(shifted)}')
+    asked = f' by {least:g}' if least else ''
+    lines.append(claim(f'misses of {a} < {b}{asked}', misses[a], misses[b], least))
   return '\n'.join(lines)
 
 

@@ -96,3 +96,19 @@ def test_a_margin_moves_the_verdict_and_not_what_is_shown():
   assert distilling.claim('a < b by 0.02', *pairs, 0.02).endswith('REPRODUCED')
   assert distilling.claim('a < b by 0.04', *pairs, 0.04).endswith('NOT REPRODUCED')
   assert distilling.claim('a < b', *pairs).split(':')[1] == distilling.claim('a < b', *pairs, 0.02).split(':')[1]
+
+
+@pytest.mark.parametrize(
+  'shift, verdict',
+  [
+    (0.0, 'REPRODUCED'),
+    (0.019, 'CANNOT TELL'),
+    (-0.019, 'CANNOT TELL'),
+    (0.03, 'NOT REPRODUCED'),
+    (-0.03, 'NOT REPRODUCED'),
+  ],
+)
+def test_equal_is_within_the_limit_on_both_sides(shift, verdict):
+  noise = [-0.002, 0.001, 0.002, -0.001, 0.0]
+  ours, theirs = {i: 1 + shift + e for i, e in enumerate(noise)}, dict.fromkeys(range(5), 1.0)
+  assert distilling.equal('a = b', ours, theirs, 0.02).endswith(f': {verdict}')
