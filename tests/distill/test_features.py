@@ -1,107 +1,43 @@
 """Laws of distillation from within: hidden states through projections, relations between tokens."""
 
 import dataclasses
-import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from toy import toy_batch
+from within import (
+  BOTH,
+  FROZEN,
+  MODEL,
+  OPTIM,
+  PAIRS,
+  SMALL,
+  TEACHER,
+  batch_of,
+  close,
+  extra_of,
+  fresh,
+  hidden_states,
+  measured_by,
+  own,
+  run,
+  start,
+)
 
-from slm_jax import train
-from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError, check, override, traced
 from slm_jax.distill import features
-from slm_jax.distill.features import Features, Relations, projected, related, relation_kl
+from slm_jax.distill.features import Features, Relations
 from slm_jax.distill.logits import Distill
 from slm_jax.ema import ema
 from slm_jax.experiment import Config
 from slm_jax.model import decoder
 from slm_jax.model.api import Feature
 from slm_jax.model.attention import attention, document_starts
-from slm_jax.model.config import ModelConfig
-from slm_jax.optim import OptimConfig, optimizer
 from slm_jax.perf import matmul_flops
 from slm_jax.prune.magnitude import prune
-from slm_jax.sharding import make_mesh
-from slm_jax.step import Context, Resources, chain, init_state, make_step
-
-SMALL = ModelConfig(
-  vocab_size=11, d_model=8, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=12, init_std=0.5, unroll=1
-)
-MODEL, TEACHER = decoder.build(SMALL), decoder.build(dataclasses.replace(SMALL, d_model=12, n_layers=4, n_kv_heads=4))
-FROZEN = {'teacher': jax.jit(TEACHER.init)(jax.random.PRNGKey(7))}
-OPTIM = optimizer(OptimConfig(learning_rate=1e-2, warmup=0), 100)
-PAIRS = [(1, 1), (2, 4)]
-
-
-def hidden_states(weight=1.0, rate=1.0, distance=features.mse, teacher=TEACHER, pairs=PAIRS):
-  return projected(teacher, pairs, distance, {'features.weight': weight, 'features.rate': rate})
-
-
-def relations(weight=1.0, teacher=TEACHER, layers=(2, 4), kinds=('qq', 'kk', 'vv'), heads=2):
-  return related(teacher, SMALL, layers, kinds, heads, weight)
-
-
-BOTH = [hidden_states, relations]
-
-
-def batch_of(seed=0, b=8, t=6):
-  """Two documents in some rows."""
-  batch = toy_batch(seed, b, t)
-  return {**batch, 'segments': jnp.ones((b, t), jnp.int32).at[: b // 2, t // 2 :].set(2)}
-
-
-@functools.cache
-def fresh(seed=0):
-  return jax.jit(MODEL.init)(jax.random.PRNGKey(seed + 1))
-
-
-def start(transform, seed=0, optim=OPTIM):
-  made = jax.jit(lambda key, params: init_state(key, params, optim, transform))
-  return made(jax.random.PRNGKey(seed), fresh(seed))
-
-
-def run(transform, n=3, frozen=FROZEN, state=None, optim=OPTIM, **options):
-  step = jax.jit(make_step(MODEL, optim, transform, **options))
-  state = start(transform, optim=optim) if state is None else state
-  for i in range(n):
-    state, metrics = step(state, batch_of(i), frozen)
-  return state, metrics
-
-
-def measured_by(transform):
-  """A compiled function (batch, frozen) -> (the term, its gradient with respect to all parameters) before any step."""
-  params = {**fresh(), **extra_of(transform)}
-  hparams = {k: jnp.float32(v) for k, v in transform.hparams.items()}
-
-  def mean(params, batch, frozen):
-    context = Context(jnp.int32(0), jax.random.PRNGKey(0), hparams, frozen)
-    hidden, found = MODEL.features(params, batch, transform.wants)
-    taught = transform.data((), params, batch, context)
-    fn = transform.loss((), lambda *args: {})
-    term = fn(params, hidden, taught, context._replace(features=found))[transform.name]
-    return term.sum / term.count
-
-  compiled = jax.jit(jax.value_and_grad(mean))
-  return lambda batch, frozen=FROZEN: compiled(params, batch, frozen)
-
-
-def extra_of(transform):
-  its = transform.extra(jax.random.PRNGKey(3), fresh())
-  return {transform.name: its} if its else {}
-
-
-def own(params):
-  return {k: v for k, v in params.items() if k != 'features'}
-
-
-def close(a, b, tolerance=1e-6):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
-
+from slm_jax.step import Resources, chain, make_step
 
 # ------------------------------------------------------------------------------------------- what a model hands out
 
@@ -304,156 +240,6 @@ def test_projections_are_dropped_and_are_not_pruned():
   assert jax.tree.structure(final) == jax.tree.structure(fresh())
 
 
-# ----------------------------------------------------------------------------------- their own group of the optimiser
-
-
-@pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
-def test_projections_have_their_own_learning_rate_and_do_not_decay(name):
-  optim = optimizer(OptimConfig(name, learning_rate=1e-2, warmup=0, weight_decay=0.5), 100)
-
-  before = start(hidden_states(), optim=optim)
-  step = jax.jit(make_step(MODEL, optim, hidden_states()))
-
-  def moved(rate, weight=1.0):
-    numbers = {'features.rate': jnp.float32(rate), 'features.weight': jnp.float32(weight)}
-    after, _ = step(before._replace(hparams=before.hparams | numbers), batch_of(), FROZEN)
-    return jax.tree.map(lambda a, b: np.asarray(a - b), after.params, before.params)
-
-  still, slow, fast = moved(0.0), moved(0.5), moved(2.0)
-  assert all((w == 0).all() for w in still['features'].values())
-  assert all(np.abs(w).max() > 1e-3 for w in slow['features'].values())
-  jax.tree.map(
-    lambda s, f: np.testing.assert_allclose(4 * s, f, rtol=2e-3, atol=1e-6), slow['features'], fast['features']
-  )
-  close(own(still), own(fast), 1e-6)
-  assert all(np.abs(w).max() < 1e-8 for w in moved(1.0, 0.0)['features'].values())
-
-
-def test_what_clips_the_model_is_its_own_gradient():
-  optim = optimizer(OptimConfig(warmup=0, clip=0.1, schedule='constant'), 9)
-  transform = hidden_states()
-  tx = optim.make({k: jnp.float32(v) for k, v in {**optim.hparams, **transform.hparams}.items()})
-  plain = optim.make({k: jnp.float32(v) for k, v in optim.hparams.items()})
-  params = start(transform).params
-  grads = jax.tree.map(jnp.ones_like, own(params)) | {'features': jax.tree.map(lambda w: 9 * w, params['features'])}
-  _, ours = tx.update(grads, tx.init(params), params)
-  _, alone = plain.update(own(grads), plain.init(own(params)), own(params))
-  mus = [
-    next(s.mu for s in jax.tree.leaves(o, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu'))
-    for o in (ours, alone)
-  ]
-  close(own(mus[0]), mus[1], 1e-6)
-  norm = np.sqrt(sum((np.asarray(m) ** 2).sum() for m in mus[0]['features'].values()))
-  assert norm == pytest.approx(0.1 * 0.1, rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------- relations
-
-
-def heads_of(seed, d, heads=3, b=2, t=10):
-  return tuple(jax.random.normal(key, (b, t, heads, d)) for key in jax.random.split(jax.random.PRNGKey(seed), 2))
-
-
-LOW = document_starts(jnp.array([[1] * 4 + [2] * 6, [1] * 10]))
-
-
-def test_relation_kl_by_hand():
-  ours, theirs = heads_of(0, 4), heads_of(1, 6)
-  expected = np.zeros((2, 10))
-  for b, t in np.ndindex(2, 10):
-    keys = slice(int(LOW[b, t]), t + 1)
-    for r in range(3):
-      p, q = (jax.nn.softmax(y[b, keys, r] @ x[b, t, r]) for x, y in (theirs, ours))
-      expected[b, t] += (p * jnp.log(p / q)).sum() / 3
-  close(relation_kl(ours, theirs, LOW), expected, 1e-5)
-
-
-@pytest.mark.parametrize('scores', [1, 60 * 3, 60 * 4, 60 * 7])
-def test_relations_in_blocks_are_those_at_once(scores):
-  """Also where the blocks do not divide the tokens; values and gradients."""
-  ours, theirs = heads_of(0, 4), heads_of(1, 6)
-  weights = jax.random.normal(jax.random.PRNGKey(2), (2, 10))
-
-  def loss(ours, scores):
-    return (weights * relation_kl(ours, theirs, LOW, scores)).sum()
-
-  close(jax.value_and_grad(loss)(ours, scores), jax.value_and_grad(loss)(ours, 10**9), 1e-5)
-
-
-def test_blocks_bound_the_memory():
-  def bytes_for(scores):
-    x = tuple(jax.ShapeDtypeStruct((2, 512, 4, 8), jnp.float32) for _ in range(2))
-    low = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-    grad = jax.grad(lambda ours, theirs, low: relation_kl(ours, theirs, low, scores).sum())
-    return jax.jit(grad).lower(x, x, low).compile().memory_analysis().temp_size_in_bytes
-
-  assert bytes_for(2**16) < bytes_for(2**30) / 8
-
-
-def test_rotations_within_a_relation_head_change_nothing():
-  """U17; a rotation that mixes the heads does."""
-  params, batch = fresh(), batch_of()
-  kinds = [Feature(kind, 2) for kind in 'qkv']
-  found = {f.kind: x for f, x in MODEL.features(params, batch, kinds)[1].items()}
-  its = {f.kind: x for f, x in TEACHER.features(FROZEN['teacher'], batch, kinds)[1].items()}
-  low = document_starts(batch['segments'])
-
-  def loss(found, heads):
-    return sum(
-      relation_kl(
-        features.operands(kind, found, SMALL, heads), features.operands(kind, its, TEACHER.config, heads), low
-      ).mean()
-      for kind in ('qq', 'kk', 'vv')
-    )
-
-  def turned(x, heads, key=3):
-    d = x[0, 0].size // heads
-    rotation = jnp.stack(
-      [jax.scipy.linalg.expm(a - a.T) for a in jax.random.normal(jax.random.PRNGKey(key), (heads, d, d))]
-    )
-    return jnp.einsum('btrd,rde->btre', x.reshape(8, 6, heads, d), rotation).reshape(x.shape)
-
-  within = {kind: turned(x, 4) for kind, x in found.items()}
-  assert loss(within, 4) == pytest.approx(float(loss(found, 4)), abs=1e-5)
-  across = {kind: turned(x, 1) for kind, x in found.items()}
-  assert abs(loss(across, 4) - loss(found, 4)) > 1e-3
-
-
-def test_a_student_that_is_its_teacher_has_no_relation_loss():
-  transform = relations(teacher=MODEL, layers=(2, 2), kinds=('qq', 'kk', 'vv', 'qk'), heads=4)
-  loss, grads = measured_by(transform)(batch_of(), {'teacher': fresh()})
-  assert loss == pytest.approx(0, abs=1e-6)
-  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-5
-
-
-def test_qk_with_attentions_heads_is_what_attention_does():
-  """Also with another scale than K^-1/2, and with keys that query heads share: softmax V gives attention's output."""
-  config = dataclasses.replace(SMALL, attn_scale=0.9)
-  found = {'q': heads_of(0, 4, heads=4)[0], 'k': heads_of(1, 4, heads=2)[0], 'v': heads_of(2, 4, heads=2)[0]}
-  a, b = features.operands('qk', found, config, heads=4)
-  scores = jnp.einsum('btrk,bsrk->brts', a, b)
-  slots = jnp.arange(10)
-  seen = (LOW[..., None] <= slots[None, None]) & (slots[None, None] <= slots[None, :, None])
-  weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
-  z = jnp.einsum('brts,bsrk->btrk', weights, jnp.repeat(found['v'], 2, axis=2))
-  high = jnp.broadcast_to(jnp.arange(10), (2, 10))
-  close(z, attention(found['q'], found['k'], found['v'], LOW, high, config.query_scale), 1e-5)
-
-
-@pytest.mark.parametrize('make', BOTH)
-def test_a_later_token_and_another_document_change_no_earlier_token(make):
-  """Gradients too would show it: the term of token 3 alone, as later tokens and the document before change."""
-  value, batch = measured_by(make()), batch_of()
-  only = batch | {'mask': jnp.zeros((8, 6)).at[:, 4].set(1)}
-  later = only | {'inputs': only['inputs'].at[:, 5].add(1) % 11}
-  close(value(later)[0], value(only)[0], 1e-6)
-  rows = only | {'mask': only['mask'].at[4:].set(0)}  # of two documents: tokens 0..2, and 3..5
-  before = rows | {'inputs': rows['inputs'].at[:, :3].add(1) % 11}
-  close(value(before)[0], value(rows)[0], 1e-6)
-  earlier = rows | {'inputs': rows['inputs'].at[:, 3].add(1) % 11}
-  assert abs(value(earlier)[0] - value(rows)[0]) > 1e-4
-
-
 # ---------------------------------------------------------------------------------------------------- configuration
 
 
@@ -558,37 +344,3 @@ def test_the_books_hold_the_teacher_up_to_its_deepest_layer():
     jax.make_jaxpr(lambda f: TEACHER.hidden(f, {k: v[:1] for k, v in batch_of().items()}))(FROZEN['teacher'])
   )
   assert deep - pair == pytest.approx(measured / 6, rel=0.15)  # attention's square is charged by half
-
-
-# --------------------------------------------------------------------------------------------------------- end to end
-
-
-def test_an_arm_from_its_file_to_its_exported_model(tmp_path):
-  """Teacher, then student with both kinds and Distill, stopped nowhere; what is exported is the plain model."""
-  base = tiny.config(6)
-  model = dataclasses.replace(base.model, d_model=24, n_layers=3)
-  assert train.run(dataclasses.replace(base, model=model, transforms=()), tmp_path, 'teacher') == 0
-  taught = (
-    Features(teacher='teacher', layers=('1:1', '2:3'), rate=3.0),
-    Relations(teacher='teacher', heads=2, relations=('qk', 'vv')),
-    Distill('teacher'),
-    *base.transforms,
-  )
-  config = check(dataclasses.replace(base, transforms=taught, optim=OptimConfig('muon', 1e-2, warmup=2)))
-  assert train.run(config, tmp_path, 'student') == 0
-  lines = [json.loads(line) for line in (tmp_path / 'arms' / 'student' / 'metrics.jsonl').read_text().splitlines()]
-  assert any('features' in line and 'relations' in line for line in lines)
-  exported, params, _ = load_model(tmp_path / 'arms' / 'student' / 'model', make_mesh())
-  assert exported == base.model
-  assert jax.tree.structure(params) == jax.tree.structure(decoder.shapes(base.model))
-
-
-def test_a_run_that_goes_on_has_its_projections(tmp_path):
-  base = tiny.config(4)
-  assert train.run(dataclasses.replace(base, transforms=()), tmp_path, 'teacher') == 0
-  config = dataclasses.replace(base, transforms=(Features(teacher='teacher', layers=('2:2',)),))
-  job = train.prepare(config, tmp_path, tmp_path / 'arms' / 'student')
-  state = job.fresh(config)
-  assert list(state.params['features']) == ['2_to_2']
-  assert state.params['features']['2_to_2'].sharding.is_fully_replicated
-  assert 'features' not in job.final(state)
