@@ -127,3 +127,9 @@ def test_train_and_step_know_no_transform_by_name():
 def test_no_pickle():
   for path in sources():
     assert not [name for name, _ in imports(path) if name.split('.')[0] in ('pickle', 'dill', 'cloudpickle')]
+
+
+def test_no_two_test_files_have_one_name():
+  """pytest could not import both."""
+  names = [path.name for path in (ROOT / 'tests').rglob('test_*.py')]
+  assert len(names) == len(set(names))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import arms_of, summary
 
-from experiments import capacity_gap, distilling, divergences, few_stories, kd_or_ce, sparse_targets
+from experiments import capacity_gap, distilling, divergences, few_stories, kd_or_ce, on_policy, sparse_targets
 from slm_jax.ablate import population
 from slm_jax.ablate.results import Row
 from slm_jax.config import flatten
@@ -112,3 +112,27 @@ def test_equal_is_within_the_limit_on_both_sides(shift, verdict):
   noise = [-0.002, 0.001, 0.002, -0.001, 0.0]
   ours, theirs = {i: 1 + shift + e for i, e in enumerate(noise)}, dict.fromkeys(range(5), 1.0)
   assert distilling.equal('a = b', ours, theirs, 0.02).endswith(f': {verdict}')
+
+
+EXACT = {
+  'more sft': 0.3,
+  'off-policy': 0.4,
+  'reverse KL': 0.5,
+  'jsd': 0.5,
+  'policy gradient': 0.45,
+  'replay': 0.5,
+}
+
+
+def on_policy_verdicts(exact, noise=0.002):
+  return verdicts(on_policy, {name: {'exact_match': share} for name, share in exact.items()}, noise)
+
+
+def test_on_policy():
+  assert on_policy_verdicts(EXACT) == ['REPRODUCED'] * 5
+  assert on_policy_verdicts({name: 1 - share for name, share in EXACT.items()}) == ['NOT REPRODUCED'] * 5
+
+
+@pytest.mark.parametrize('gain, verdict', [(0.01, 'NOT REPRODUCED'), (0.03, 'REPRODUCED')])
+def test_the_gain_on_off_policy_must_be_two_points(gain, verdict):
+  assert on_policy_verdicts({**EXACT, 'reverse KL': EXACT['off-policy'] + gain}, 1e-4)[0] == verdict
