@@ -149,7 +149,7 @@ _ENTRIES = {'dense': ('log_p',), 'top_k': ('ids', 'log_p', 'log_rest'), 'sampled
 # ------------------------------------------------------------------------------------------------------- configuration
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class CachedDistill(TokenLoss):
   """Learn from what a teacher said of the training text, written down once: its forward pass costs no step anything."""
 

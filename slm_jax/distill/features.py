@@ -34,11 +34,12 @@ SCORES = 2**22  # of a relation that exist at once, over all sequences and heads
 # ------------------------------------------------------------------------------------------------------- configuration
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FromWithin(TransformConfig):
   """What both kinds have: another arm's trained model, and how much its term counts."""
 
   teacher: str = setting('', arm=True)  # name of the arm
+  _: dataclasses.KW_ONLY
   weight: float = setting(1.0, traced=True)  # of the term; that of the data stays 1
   precision: Precision = 'own'  # of the teacher's parameters in memory
 
