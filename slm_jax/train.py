@@ -115,16 +115,7 @@ def assemble(
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  resources = Resources(
-    steps=config.train.steps,
-    seq_len=config.data.seq_len,
-    vocab=dataset.tokenizer.vocab_size,
-    eos=dataset.tokenizer.eos,
-    pad=dataset.tokenizer.pad,
-    model=model,
-    load=load,
-    folder=derived,
-  )
+  resources = resources_of(config, dataset, model, load, derived)
 
   def opened(dataset: Dataset) -> Dataset:
     for spec in config.transforms:
@@ -184,6 +175,19 @@ def assemble(
     witnesses=transform.witnesses,
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
+  )
+
+
+def resources_of(config: Config, dataset: Dataset, model: Model, load: Load, derived: Path) -> Resources:
+  return Resources(
+    steps=config.train.steps,
+    seq_len=config.data.seq_len,
+    vocab=dataset.tokenizer.vocab_size,
+    eos=dataset.tokenizer.eos,
+    pad=dataset.tokenizer.pad,
+    model=model,
+    load=load,
+    folder=derived,
   )
 
 
