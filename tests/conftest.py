@@ -1,10 +1,14 @@
-"""All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error."""
+"""All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error.
+
+Most of their time is compilation, of programs that run for a moment: so LLVM is asked not to optimise.
+"""
 
 import os
 import signal
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
