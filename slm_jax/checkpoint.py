@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from slm_jax import distributed, sharding
 from slm_jax.checksum import checksum
 from slm_jax.config import ConfigError, from_dict, to_dict
+from slm_jax.data import tokenizer
+from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.files import disk_errors, write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Params
@@ -112,14 +114,15 @@ def saved(folder: Path) -> list[int]:
 # ------------------------------------------------------------------------------------------------- finished models
 
 
-def save_model(folder: Path, config: ModelConfig, params: Params, record: dict[str, Any]) -> None:
-  """A finished model: parameters, and model.json, from which alone it can be built again."""
+def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokenizer) -> None:
+  """A finished model: parameters, its tokenizer, and model.json, from which alone it can be built again."""
   with disk_errors(folder), ocp.StandardCheckpointer() as writer:
     writer.save(folder.absolute() / 'params', params, force=True)
     writer.wait_until_finished()
-  record = {**record, 'format': FORMAT, 'model': to_dict(config), 'checksum': int(checksum(params))}
+  record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params))}
   if distributed.is_main():
-    write_json(folder / 'model.json', record)
+    (folder / 'tokenizer.model').write_bytes(tokens.serialize())
+    write_json(folder / 'model.json', {**record, 'model': to_dict(config)})
 
 
 def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, dict[str, Any]]:
@@ -144,6 +147,15 @@ def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Par
   except Exception as error:
     raise ConfigError(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
   return config, params, record
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+  """Of a finished model; ConfigError if it is missing, damaged or another."""
+  found = tokenizer.load(folder / 'tokenizer.model')
+  expected = json.loads((folder / 'model.json').read_text())['tokenizer']
+  if found.fingerprint != expected:
+    raise ConfigError(f'{folder}: its tokenizer is {found.fingerprint}, expected {expected}; train that arm again')
+  return found
 
 
 def _first_line(error: Exception) -> str:

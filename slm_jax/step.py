@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from slm_jax import losses
+from slm_jax.config import ConfigError
 from slm_jax.losses import Terms
 from slm_jax.model.api import Batch, Feature, Model, Params
 from slm_jax.optim import Optimizer
@@ -103,6 +104,10 @@ class Transform(NamedTuple):
   parts: tuple['Transform', ...] = ()  # of a chain
 
 
+def _nobody(arm: str) -> Any:
+  raise ConfigError(f'arm {arm}: not there')
+
+
 class Resources(NamedTuple):
   """What the configuration of a transform may need to build it."""
 
@@ -110,10 +115,13 @@ class Resources(NamedTuple):
   seq_len: int  # for the books
   vocab: int  # tokens of the tokenizer; what a model has beyond is padding
   model: Model  # the one that is trained
-  load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
+  load: Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id; its tokens are the data's
   folder: Path  # for data that are made once and kept
   eos: int = 2  # token that ends a document
   pad: int = 0  # token that fills a sequence up
+  load_any: Callable[[str], tuple[Model, Params]] = _nobody  # the same of an arm whose tokens may be others
+  tokenizer: Any = None
+  tokenizer_of: Callable[[str], Any] = _nobody  # another arm's
 
 
 class TransformConfig:

@@ -16,8 +16,9 @@ from absl import logging
 
 from slm_jax import config as configs
 from slm_jax import distributed, energy, evaluate, metrics, perf, sharding
-from slm_jax.checkpoint import Checkpoints, load_model, save_model
+from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
+from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors, write_json
 from slm_jax.ledger import Ledger
@@ -35,7 +36,13 @@ from slm_jax.step import Context, Metrics, Resources, TrainState, chain, init_st
 REPORTED = ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'exact_match', 'ece', 'tokens', 'seconds')
 
 Place = Callable[[Any], Any]  # host arrays -> device arrays
-Load = Callable[[str], tuple[Model, Params]]  # another arm's trained model, by arm id
+
+
+class Trained(NamedTuple):
+  """Other arms, by arm id."""
+
+  model: Callable[[str], tuple[Model, Params]]
+  tokenizer: Callable[[str], Tokenizer]
 
 
 class Job(NamedTuple):
@@ -92,12 +99,12 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
   dataset, mesh = inputs(config, workdir)
 
-  def load(arm_id: str) -> tuple[Model, Params]:
-    model_config, params, record = load_model(workdir / 'arms' / arm_id / 'model', mesh)
-    dataset.tokenizer.check_fingerprint(record['tokenizer'], f'arm {arm_id}')
+  def model(arm_id: str) -> tuple[Model, Params]:
+    model_config, params, _ = load_model(workdir / 'arms' / arm_id / 'model', mesh)
     return decoder.build(model_config), params
 
-  return assemble(config, folder, dataset, mesh, load, workdir / 'data')
+  others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model'))
+  return assemble(config, folder, dataset, mesh, others, workdir / 'data')
 
 
 def assemble(
@@ -105,17 +112,17 @@ def assemble(
   folder: Path,
   dataset: Dataset,
   mesh: jax.sharding.Mesh,
-  load: Load,
+  others: Trained,
   derived: Path,
   stand_in: bool = False,
 ) -> Job:
-  """The job of an arm, from its data, its devices and a way to get at other arms' models.
+  """The job of an arm, from its data, its devices and a way to get at other arms.
 
   derived: folder for data that transforms make. stand_in: whether they make none, for a measurement.
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model)
-  resources = resources_of(config, dataset, model, load, derived)
+  resources = resources_of(config, dataset, model, others, derived)
 
   def opened(dataset: Dataset) -> Dataset:
     for spec in config.transforms:
@@ -151,7 +158,7 @@ def assemble(
   def fresh(config: Config) -> TrainState:
     init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
     if config.init.arm:
-      parent, params = load(config.init.arm)
+      parent, params = resources.load(config.init.arm)
       params = sharding.place(cut(sharding.to_host(params), parent.config, config.model), axes, mesh)
     else:
       params = new_params(init_key)
@@ -178,7 +185,11 @@ def assemble(
   )
 
 
-def resources_of(config: Config, dataset: Dataset, model: Model, load: Load, derived: Path) -> Resources:
+def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained, derived: Path) -> Resources:
+  def load(arm_id: str) -> tuple[Model, Params]:
+    dataset.tokenizer.check_same(others.tokenizer(arm_id), f'arm {arm_id}', dataset.texts())
+    return others.model(arm_id)
+
   return Resources(
     steps=config.train.steps,
     seq_len=config.data.seq_len,
@@ -188,6 +199,9 @@ def resources_of(config: Config, dataset: Dataset, model: Model, load: Load, der
     model=model,
     load=load,
     folder=derived,
+    load_any=others.model,
+    tokenizer=dataset.tokenizer,
+    tokenizer_of=others.tokenizer,
   )
 
 
@@ -246,7 +260,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   """Writes the finished model and samples of its text; returns what goes into the results table."""
   config, dataset = job.config, job.dataset
   params = jax.jit(job.final)(state)
-  save_model(job.folder / 'model', config.model, params, {'tokenizer': dataset.tokenizer.fingerprint})
+  save_model(job.folder / 'model', config.model, params, dataset.tokenizer)
   samples = evaluate.samples(config, params, dataset.tokenizer)
   if distributed.is_main():
     write_json(job.folder / 'samples.json', samples)

@@ -216,7 +216,8 @@ def stand_in(config: Config, everyone: Mapping[str, Arm], folder: Path, allocate
     params = jax.jit(model.init)(jax.random.PRNGKey(0))
     return model, sharding.place(params, decoder.logical_axes(model.config), mesh)
 
-  return train.assemble(config, folder, noise(config), mesh, load, folder, stand_in=True)
+  others = train.Trained(load, lambda arm_id: tokens_of(everyone[arm_id].config))
+  return train.assemble(config, folder, noise(config), mesh, others, folder, stand_in=True)
 
 
 def noise(config: Config) -> Dataset:
@@ -225,9 +226,12 @@ def noise(config: Config) -> Dataset:
   sequences = Noise(1024, length, vocab)
   unknown: Any = SimpleNamespace(manifest={'splits': {'valid': {}}})  # a store that knows no entropy
   valid = grain.MapDataset.source(Noise(VALID_BATCHES * config.data.batch_size, length, vocab))
-  # The lengths of tokens are compiled into the evaluation, so that of bytes is the arm's own program.
-  tokenizer = Bytes() if config.data.tokenizer == 'bytes' else NoTokens(vocab)
-  return Dataset(config.data, tokenizer, (unknown,), batches.order([sequences], (), 0), valid)
+  return Dataset(config.data, tokens_of(config), (unknown,), batches.order([sequences], (), 0), valid)
+
+
+def tokens_of(config: Config) -> Tokenizer:
+  """The lengths of tokens are compiled into the evaluation, so that of bytes is the arm's own program."""
+  return Bytes() if config.data.tokenizer == 'bytes' else NoTokens(config.model.vocab_size)
 
 
 class Noise:
@@ -248,7 +252,7 @@ class NoTokens(Tokenizer):
   """A vocabulary without text."""
 
   def __init__(self, vocab: int):
-    self.vocab_size, self.byte_lengths, self.fingerprint = vocab, np.ones(vocab, np.int32), ''
+    self.vocab_size, self.spelling, self.fingerprint = vocab, [b' '] * vocab, ''
     self.pad = self.bos = self.eos = 0
 
   def encode(self, text: str) -> list[int]:

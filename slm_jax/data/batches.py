@@ -53,17 +53,21 @@ def train_batch(
 ) -> HostBatch:
   """Rows [host/hosts, (host + 1)/hosts) of the global batch of `size` sequences that `step` is taken on."""
   rows = range(step * size + host * size // hosts, step * size + (host + 1) * size // hosts)
-  taken = [sequences[i] for i in rows]
-  return {**batch_of(taken), **{name: entry for join in joins for name, entry in join(taken).items()}}
+  return _joined([sequences[i] for i in rows], joins)
 
 
 def valid_batches(
-  sequences: Sequences, size: int, chosen: Sequence[int], host: int = 0, hosts: int = 1
+  sequences: Sequences, size: int, chosen: Sequence[int], host: int = 0, hosts: int = 1, joins: Sequence[Join] = ()
 ) -> Iterator[HostBatch]:
   """The chosen sequences in order, `size` in a global batch; the last one is filled up with rows of mask 0."""
   for start in range(0, len(chosen), size):
     rows = range(start + host * size // hosts, start + (host + 1) * size // hosts)
-    yield batch_of([sequences[chosen[i]] if i < len(chosen) else np.zeros_like(sequences[chosen[0]]) for i in rows])
+    empty = np.zeros_like(sequences[chosen[0]])
+    yield _joined([sequences[chosen[i]] if i < len(chosen) else empty for i in rows], joins)
+
+
+def _joined(taken: Sequence[np.ndarray], joins: Sequence[Join]) -> HostBatch:
+  return {**batch_of(taken), **{name: entry for join in joins for name, entry in join(taken).items()}}
 
 
 def spread(n: int, k: int) -> list[int]:

@@ -28,6 +28,7 @@ class Dataset(NamedTuple):
   host: int = 0
   hosts: int = 1
   joins: tuple[Join, ...] = ()  # what a training batch has beside its text
+  valid_joins: tuple[Join, ...] = ()  # and one of the valid split
   flops: float = 0.0  # that it took to make that
 
   def batch(self, step: int) -> HostBatch:
@@ -40,7 +41,12 @@ class Dataset(NamedTuple):
 
   def valid_batches(self, size: int, sequences: int = 0) -> Iterator[HostBatch]:
     """The valid split, or so many sequences spread evenly over it, in batches of one shape."""
-    return batches.valid_batches(self.valid, size, batches.spread(len(self.valid), sequences), self.host, self.hosts)
+    chosen = batches.spread(len(self.valid), sequences)
+    return batches.valid_batches(self.valid, size, chosen, self.host, self.hosts, self.valid_joins)
+
+  def texts(self, sequences: int = 32) -> list[str]:
+    """Some of the valid split, spread evenly over it."""
+    return [self.tokenizer.decode(self.valid[i][0]) for i in batches.spread(len(self.valid), sequences)]
 
   def floor(self, sequences: int = 0) -> float | None:
     """The exact entropy floor under the loss on those sequences, in nats per predicted token: sum -log p / tokens.

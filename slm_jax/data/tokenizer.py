@@ -9,10 +9,11 @@ decode(encode(s)) == s.
 """
 
 import abc
+import functools
 import hashlib
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import sentencepiece
 
 from slm_jax.config import ConfigError, require
 
+PROBES = ('The cat.', '  two  spaces ', '\ttab\nline\r\n', 'é😀ﬁ', '▁', '0123')  # what tokenizers stumble over
+_CROSSED = 'transforms.cross_distill learns across vocabularies'
 SAMPLE_BYTES = 10_000_000  # of training text from which a vocabulary is learnt
 _BYTES = b'bytes\n'
 LINE = 4000  # characters; a longer line is cut before training
@@ -45,8 +48,13 @@ class Tokenizer(abc.ABC):
   pad: int
   bos: int
   eos: int
-  byte_lengths: np.ndarray  # int32 [V]: UTF-8 bytes that a token stands for; 0 for special ones
+  spelling: Sequence[bytes]  # [V]: the UTF-8 bytes that a token stands for; none for special ones
   fingerprint: str  # 16 hex digits of SHA-256 over `serialize()`
+
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """int32 [V], of `spelling`."""
+    return np.array([len(text) for text in self.spelling], np.int32)
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
@@ -67,12 +75,23 @@ class Tokenizer(abc.ABC):
       f'model.vocab_size={vocab_size}: too small for the tokenizer, which has {self.vocab_size} tokens',
     )
 
-  def check_fingerprint(self, fingerprint: str, who: str) -> None:
-    """ConfigError unless `who`, a checkpoint, was trained with this tokenizer."""
-    require(
-      fingerprint == self.fingerprint,
-      f'{who} was trained with tokenizer {fingerprint}, but data.tokenizer gives {self.fingerprint}',
-    )
+  def check_same(self, other: 'Tokenizer', who: str, texts: Iterable[str]) -> None:
+    """ConfigError unless `other`, that of the model `who`, has the same tokens: in its vocabulary, and on the texts.
+
+    Two files of one vocabulary may differ in what no text shows. Two vocabularies of one size are two vocabularies.
+    """
+    if other.fingerprint == self.fingerprint:
+      return
+    what = f'{who} was trained with another tokenizer, {other.fingerprint} and not {self.fingerprint} of data.tokenizer'
+    for text in (*PROBES, *texts):
+      theirs, ours = other.encode(text), self.encode(text)
+      at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
+      shown = [f'{ids[at : at + 3]}' for ids in (theirs, ours)]
+      require(
+        theirs == ours, f'{what}: token {at} ff. of {text[:40]!r} are {shown[0]} there and {shown[1]} here; {_CROSSED}'
+      )
+    for name in ('vocab_size', 'bos', 'eos', 'pad', 'spelling'):
+      require(getattr(other, name) == getattr(self, name), f'{what}: they differ in {name}; {_CROSSED}')
 
 
 class Bytes(Tokenizer):
@@ -82,7 +101,7 @@ class Bytes(Tokenizer):
   pad, bos, eos = 0, 1, 2
 
   def __init__(self):
-    self.byte_lengths = np.concatenate([np.zeros(3, np.int32), np.ones(256, np.int32)])
+    self.spelling = [b''] * 3 + [bytes([b]) for b in range(256)]
     self.fingerprint = _fingerprint(self.serialize())
 
   def encode(self, text: str) -> list[int]:
@@ -112,11 +131,11 @@ class SentencePiece(Tokenizer):
     self.bos, self.eos = pieces.bos_id(), pieces.eos_id()
     self.pad = pieces.pad_id() if pieces.pad_id() >= 0 else pieces.unk_id()
     require(min(self.bos, self.eos) >= 0, f'{name}: has no ids for the begin and the end of a document')
-    self.byte_lengths = np.array([self._length(i) for i in range(self.vocab_size)], np.int32)
+    self.spelling = [self._spelt(i) for i in range(self.vocab_size)]
     self._space = [pieces.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
     self._model = model
     self.fingerprint = _fingerprint(model)
-    for probe in ('The cat.', '  two  spaces ', '\ttab\nline\r\n', 'é😀ﬁ', '▁', '0123'):
+    for probe in PROBES:
       require(
         self.decode(self.encode(probe)) == probe, f'{name}: loses text; {probe!r} is not decoded as it was encoded'
       )
@@ -137,11 +156,12 @@ class SentencePiece(Tokenizer):
   def serialize(self) -> bytes:
     return self._model
 
-  def _length(self, i: int) -> int:
+  def _spelt(self, i: int) -> bytes:
     pieces = self.pieces
     if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i):
-      return 0
-    return 1 if pieces.is_byte(i) else len(pieces.id_to_piece(i).replace('▁', ' ').encode())
+      return b''
+    piece = pieces.id_to_piece(i)  # of a byte, '<0x41>'
+    return bytes([int(piece[3:5], 16)]) if pieces.is_byte(i) else piece.replace('▁', ' ').encode()
 
 
 def _fingerprint(serialized: bytes) -> str:

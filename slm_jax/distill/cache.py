@@ -66,13 +66,13 @@ def parse(words: Sequence[str]) -> flags.FlagValues:
 
 def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   """Builds the cache; a line about it."""
-  from slm_jax.checkpoint import load_model  # from a floor above
+  from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
   workdir = Path(options.workdir).expanduser()
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)
-  model_config, params, record = load_model(folder)
-  dataset.tokenizer.check_fingerprint(record['tokenizer'], f'--teacher={options.teacher}')
+  model_config, params, _ = load_model(folder)
+  dataset.tokenizer.check_same(load_tokenizer(folder), f'--teacher={options.teacher}', dataset.texts())
   layout: Layout = capture.layout(
     options.method, options.k, options.draws, dataset.tokenizer.vocab_size, options.precision
   )
