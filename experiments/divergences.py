@@ -7,6 +7,13 @@ cross-entropy with a richer target (Busbridge et al., arXiv 2502.08606: ahead of
 modes, so its students have the lower entropy, and write texts of which the teacher thinks better: a lower KL(q || p) on
 their own rollouts (MiniLLM, arXiv 2306.08543).
 
+Found, from random parameters (500 steps, 3 seeds, 95 % intervals): forward KL 0.696 +- 0.013 nats, TAID 0.708 +- 0.026
+(CANNOT TELL them apart); all others hardly learn: 3.9 to 6.6 nats. So "lowest loss" is REPRODUCED six times, and "lower
+entropy" and "lower KL(q || p) on rollouts" of reverse KL are NOT REPRODUCED (+1.56 +- 0.61, +3.44 +- 0.41): where q is far from
+p, the gradients of all but forward KL are weighted by q, which is small just where p is large. The papers start from
+a student that was trained before. Hence a second half, whose arms ("warm") start from one that saw the data first, at a
+fifth of the learning rate. Expected of it, written before it was run: the same as above.
+
     python -m experiments.divergences
 """
 
@@ -24,6 +31,7 @@ SEEDS = 3
 MIX = {'jsd': 0.5, 'skew_kl': 0.1, 'skew_reverse_kl': 0.1, 'taid': 0.4}
 DIVERGENCES = ('kl', 'reverse_kl', 'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'mse', 'taid')
 BASELINE = 'kl'
+START = 'sft'
 
 
 def config() -> Config:
@@ -37,6 +45,10 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
     for name in DIVERGENCES
   ]
   yield from product(arms, seeds(SEEDS))
+  yield {'name': START}
+  rate = base.optim.learning_rate / 5
+  warm = [{**arm, 'name': f'{arm["name"]}, warm', 'init.arm': START, 'optim.learning_rate': rate} for arm in arms]
+  yield from product(warm, seeds(SEEDS))
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -50,10 +62,12 @@ def report(rows: Sequence[Row]) -> str:
   }
   lines = table(rows, columns)
   loss, entropy, rollouts = values(rows), values(rows, 'entropy'), values(rows, 'rollout_kl')
-  for name in DIVERGENCES[1:]:
-    lines.append(claim(f'loss of kl < {name}', loss['kl'], loss[name]))
-  lines.append(claim('entropy of reverse_kl < kl', entropy['reverse_kl'], entropy['kl']))
-  lines.append(claim('KL(q || p) on rollouts of reverse_kl < kl', rollouts['reverse_kl'], rollouts['kl']))
+  for start in ('', ', warm'):
+    kl, reverse = f'kl{start}', f'reverse_kl{start}'
+    for name in DIVERGENCES[1:]:
+      lines.append(claim(f'loss of {kl} < {name}{start}', loss[kl], loss[name + start]))
+    lines.append(claim(f'entropy of {reverse} < {kl}', entropy[reverse], entropy[kl]))
+    lines.append(claim(f'KL(q || p) on rollouts of {reverse} < {kl}', rollouts[reverse], rollouts[kl]))
   return '\n'.join(lines)
 
 
