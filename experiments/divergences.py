@@ -8,11 +8,11 @@ modes, so its students have the lower entropy, and write texts of which the teac
 their own rollouts (MiniLLM, arXiv 2306.08543).
 
 Found, from random parameters (500 steps, 3 seeds, 95 % intervals): forward KL 0.696 +- 0.013 nats, TAID 0.708 +- 0.026
-(CANNOT TELL them apart); all others hardly learn: 3.9 to 6.6 nats. So "lowest loss" is REPRODUCED six times, and "lower
-entropy" and "lower KL(q || p) on rollouts" of reverse KL are NOT REPRODUCED (+1.56 +- 0.61, +3.44 +- 0.41): where q is far from
-p, the gradients of all but forward KL are weighted by q, which is small just where p is large. The papers start from
-a student that was trained before. Hence a second half, whose arms ("warm") start from one that saw the data first, at a
-fifth of the learning rate. Expected of it, written before it was run: the same as above.
+(CANNOT TELL them apart); all others hardly learn: 3.9 to 6.6 nats. So "lowest loss" is REPRODUCED six times, and of
+reverse KL "lower entropy" and "lower KL(q || p) on rollouts" are NOT REPRODUCED (+1.56 +- 0.61, +3.44 +- 0.41): where q
+is far from p, the gradients of all but forward KL are weighted by q, which is small just where p is large. The papers
+start from a student that was trained before. Hence a second half, whose arms ("warm") start from one that saw the data
+first, at a fifth of the learning rate. Expected of it, written before it was run: the same as above.
 
     python -m experiments.divergences
 """

@@ -130,9 +130,7 @@ def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Par
 
   mesh: over whose devices it is spread, as `sharding` says; unless given, all devices have all of it.
   """
-  path = folder / 'model.json'
-  if not path.exists():
-    raise ConfigError(f'{folder}: no finished model there (no model.json); has that arm been trained?')
+  path = _record_of(folder)
   try:
     record = json.loads(path.read_text())
     config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
@@ -149,13 +147,22 @@ def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Par
   return config, params, record
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-  """Of a finished model; ConfigError if it is missing, damaged or another."""
+def load_tokenizer(folder: Path, known: Tokenizer) -> Tokenizer:
+  """Of a finished model: `known` if it is that one; ConfigError if it is missing or damaged."""
+  path = _record_of(folder)
+  expected = json.loads(path.read_text())['tokenizer']
+  if expected == known.fingerprint:
+    return known
   found = tokenizer.load(folder / 'tokenizer.model')
-  expected = json.loads((folder / 'model.json').read_text())['tokenizer']
   if found.fingerprint != expected:
     raise ConfigError(f'{folder}: its tokenizer is {found.fingerprint}, expected {expected}; train that arm again')
   return found
+
+
+def _record_of(folder: Path) -> Path:
+  if not (path := folder / 'model.json').exists():
+    raise ConfigError(f'{folder}: no finished model there (no model.json); has that arm been trained?')
+  return path
 
 
 def _first_line(error: Exception) -> str:

@@ -103,7 +103,7 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     model_config, params, _ = load_model(workdir / 'arms' / arm_id / 'model', mesh)
     return decoder.build(model_config), params
 
-  others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model'))
+  others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model', dataset.tokenizer))
   return assemble(config, folder, dataset, mesh, others, workdir / 'data')
 
 

@@ -28,10 +28,16 @@ COSTS = (
   ('joules, estimated', 'joules_estimated', ''),
 )
 
-# How students stand to their teachers (slm_jax/distill/judge.py), as metrics of the summaries: those that come with
-# their intervals, and those of which the teacher has one of its own, beside it.
-TAUGHT = {'KL(p‖q)': 'kl', 'KL(q‖p)': 'reverse_kl', 'on own text': 'rollout_kl', 'agreement': 'agreement'}
-BOTH = {'loss': '.3f', 'entropy': '.3f', 'ece': '.1%'}
+# How students stand to their teachers (slm_jax/distill/{judge,crossed}.py), as metrics of the summaries: those that
+# come with their intervals, and those of which the teacher has one of its own, beside it.
+TAUGHT = {
+  'KL(p‖q)': 'kl',
+  'KL(q‖p)': 'reverse_kl',
+  'on own text': 'rollout_kl',
+  'agreement': 'agreement',
+  'KL of chunks': 'chunk_kl',
+}
+BOTH = {'loss': '.3f', 'entropy': '.3f', 'ece': '.1%', 'bits_per_byte': '.3f'}
 
 
 def latest(workdir: Path) -> list[Row]:
@@ -113,15 +119,21 @@ def _results(lines: Sequence[Line]) -> Grid:
 
 
 def _taught(lines: Sequence[Line]) -> Grid:
-  """A row for each arm that was compared with a teacher."""
+  """A row for each arm that was compared with a teacher; what none of them has is no column."""
+
+  def some(metric: str) -> bool:
+    return any(line.interval(metric).n for line in lines)
+
+  alone = {title: metric for title, metric in TAUGHT.items() if some(metric)}
+  both = {metric: spec for metric, spec in BOTH.items() if some(f'teacher_{metric}')}
   rows = []
   for line in lines:
-    if line.interval('teacher_loss').n:
-      spreads = [page.spread(line.interval(metric)) for metric in TAUGHT.values()]
-      pairs = [(line.mean(metric), line.mean(f'teacher_{metric}'), spec) for metric, spec in BOTH.items()]
+    if any(line.interval(metric).n for metric in (*alone.values(), *(f'teacher_{metric}' for metric in both))):
+      spreads = [page.spread(line.interval(metric)) for metric in alone.values()]
+      pairs = [(line.mean(metric), line.mean(f'teacher_{metric}'), spec) for metric, spec in both.items()]
       means = [Cell(f'{table.number(own, spec)} ({table.number(its, spec)})', own) for own, its, spec in pairs]
       rows.append((Cell(line.name, line.name), *spreads, *means))
-  return Grid(('arm', *TAUGHT, *(metric.replace('ece', 'ECE') for metric in BOTH)), rows)
+  return Grid(('arm', *alone, *(metric.replace('ece', 'ECE').replace('_per_', '/') for metric in both)), rows)
 
 
 def _at_equal_cost(lines: Sequence[Line]) -> Grid:

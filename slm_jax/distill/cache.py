@@ -72,7 +72,9 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)
   model_config, params, _ = load_model(folder)
-  dataset.tokenizer.check_same(load_tokenizer(folder), f'--teacher={options.teacher}', dataset.texts())
+  dataset.tokenizer.check_same(
+    load_tokenizer(folder, dataset.tokenizer), f'--teacher={options.teacher}', dataset.texts()
+  )
   layout: Layout = capture.layout(
     options.method, options.k, options.draws, dataset.tokenizer.vocab_size, options.precision
   )
