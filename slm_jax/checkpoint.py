@@ -150,7 +150,10 @@ def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Par
 def load_tokenizer(folder: Path, known: Tokenizer) -> Tokenizer:
   """Of a finished model: `known` if it is that one; ConfigError if it is missing or damaged."""
   path = _record_of(folder)
-  expected = json.loads(path.read_text())['tokenizer']
+  try:
+    expected = json.loads(path.read_text())['tokenizer']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
   if expected == known.fingerprint:
     return known
   found = tokenizer.load(folder / 'tokenizer.model')
