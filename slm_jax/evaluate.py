@@ -16,7 +16,7 @@ from slm_jax.experiment import Config
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.decode import generate
-from slm_jax.step import Context
+from slm_jax.step import Context, Slot
 
 
 def make_measure(
@@ -106,7 +106,8 @@ def mean(term: Term) -> float:
 
 
 def judged(
-  judge: Callable[[Params, Batch, Context], Terms],
+  judge: Callable[[dict[str, Slot], Params, Batch, Context], Terms],
+  slots: dict[str, Slot],
   params: Params,
   batches: Iterable[Batch],
   context: Context,
@@ -114,7 +115,7 @@ def judged(
   """Means of what the transforms measure a finished model by; `context.step` counts the batches. {} if nothing."""
   total: Terms = {}
   for i, batch in enumerate(batches):
-    terms = host_float64(judge(params, batch, context._replace(step=jnp.int32(i))))
+    terms = host_float64(judge(slots, params, batch, context._replace(step=jnp.int32(i))))
     if not terms:
       break
     total = losses.add(total, terms) if total else terms

@@ -82,7 +82,7 @@ class Transform(NamedTuple):
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
   final:      (slot, params) -> params                  what evaluation and export see
-  judge:      (params, batch, context) -> Terms         more that a finished model is measured by, on held-out text;
+  judge:      (slot, params, batch, context) -> Terms   more that a finished model is measured by, on held-out text;
                                                         context.step counts its batches
   witnesses:  () -> entries of frozen                   that only `judge` needs
   """
@@ -97,7 +97,7 @@ class Transform(NamedTuple):
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
-  judge: Callable[[Params, Batch, Context], Terms] = lambda params, batch, context: {}
+  judge: Callable[[Slot, Params, Batch, Context], Terms] = lambda slot, params, batch, context: {}
   witnesses: Callable[[], Mapping[str, Any]] = dict
   flops: float = 0.0  # that the hooks add to each trained token, for the books
   wants: tuple[Feature, ...] = ()  # of the model's forward pass; `loss` finds it in context.features
@@ -199,8 +199,8 @@ def chain(*transforms: Transform) -> Transform:
       params = p.final(slots[p.name], params)
     return {name: tree for name, tree in params.items() if name not in names}
 
-  def judge(params, batch, context):
-    each = [p.judge(params, batch, context._replace(key=own(context.key, p))) for p in parts]
+  def judge(slots, params, batch, context):
+    each = [p.judge(slots[p.name], params, batch, context._replace(key=own(context.key, p))) for p in parts]
     return {name: term for terms in each for name, term in terms.items()}
 
   def witnesses():

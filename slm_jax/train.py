@@ -30,7 +30,7 @@ from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
 from slm_jax.prune.cut import cut
 from slm_jax.record import Record
-from slm_jax.step import Context, Metrics, Resources, TrainState, chain, init_state, make_step
+from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
 # Of the last evaluation, and of the books; exact_match is there if the data have completions.
 REPORTED = ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'exact_match', 'ece', 'tokens', 'seconds')
@@ -59,7 +59,7 @@ class Job(NamedTuple):
   abstract: TrainState  # shapes and shardings, into which a checkpoint is restored
   final: Callable[[TrainState], Params]  # the parameters that evaluation and export see
   measure: Callable[[Params, Batch], Terms]  # the sums that an evaluation is made of
-  judge: Callable[[Params, Batch, Context], Terms]  # more of them, of the finished model
+  judge: Callable[[dict[str, Slot], Params, Batch, Context], Terms]  # more of them, of the finished model
   witnesses: Callable[[], Mapping[str, Any]]  # what that needs beside `frozen`
   place: Place  # a batch onto the devices
   flops: float  # a trained token, teachers included
@@ -269,7 +269,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   judge = jax.jit(job.judge, out_shardings=job.layout.step)
   return {
     **{k: results[k] for k in REPORTED if k in results},
-    **evaluate.judged(judge, params, valid_batches(job), context),
+    **evaluate.judged(judge, state.slots, params, valid_batches(job), context),
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,
     'flops': results['tokens'] * job.flops,

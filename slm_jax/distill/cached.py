@@ -204,7 +204,7 @@ class CachedDistill(TokenLoss):
       'top_k': lambda: signals.top_k_loss(self.tail),
       'sampled': signals.sampled_loss,
     }[self.signal]
-    transform = self.transform(cached(self.kind, self._layout(resources.vocab)), loss(), resources)
+    transform = self.transform(cached(self.kind, self._layout(resources.vocab)), loss(), None, resources)
     return asked_at_the_end(transform, self.teacher, resources) if self.teacher else transform, {}
 
   def _layout(self, vocab: int) -> Layout:

@@ -32,7 +32,7 @@ from slm_jax.distill.teachers import Precision, restored, stored
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token
-from slm_jax.step import Context, Resources, Transform, TransformConfig
+from slm_jax.step import Context, Resources, Slot, Transform, TransformConfig
 
 LOOKED_AT = 64  # sequences of each source that are aligned before anything is compiled
 COVERED = 0.5  # of their predicted tokens, at least so many must lie in a chunk
@@ -272,7 +272,7 @@ def judged(student: Model, teacher: Crossed, vocab: int, byte_lengths: np.ndarra
   """
   lengths = jnp.zeros(student.config.vocab_size, jnp.float32).at[: len(byte_lengths)].set(byte_lengths)
 
-  def measure(params: Params, batch: Batch, context: Context) -> Terms:
+  def measure(slot: Slot, params: Params, batch: Batch, context: Context) -> Terms:
     t = batch['inputs'].shape[1]
 
     def of_chunks(logits, tokens, context):

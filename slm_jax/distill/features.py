@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from slm_jax.config import require, setting
 from slm_jax.distill.divergences import kl_of_logs
-from slm_jax.distill.teachers import Precision, restored, stored
+from slm_jax.distill.judge import judge
+from slm_jax.distill.teachers import Precision, online, restored, stored
 from slm_jax.losses import Term
 from slm_jax.model.api import Feature, Model
 from slm_jax.model.attention import document_starts
@@ -55,6 +56,11 @@ class FromWithin(TransformConfig):
         not taught or precision == self.precision,
         f'{key}.precision={self.precision}: transforms.{other.kind} has the same teacher, in precision {precision}',
       )
+
+  def finished(self, made: Transform, teacher: Model, name: str, flops: float, resources: Resources) -> Transform:
+    """With its FLOPs, and judged by the teacher, whose parameters are `frozen[name]`."""
+    by_teacher = judge(resources.model, online(teacher, name, resources.vocab), resources)
+    return made._replace(flops=flops, judge=lambda slot, *given: by_teacher((), *given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Features(FromWithin):
     flops += 6 * resources.model.config.d_model * model.config.d_model * len(self.pairs)
     numbers = {'features.weight': self.weight, 'features.rate': self.rate}
     made = projected(model, self.pairs, DISTANCES[self.distance], numbers, name)
-    return made._replace(flops=flops), {name: stored(params, self.precision)}
+    return self.finished(made, model, name, flops, resources), {name: stored(params, self.precision)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Relations(FromWithin):
     flops = forward_flops(its, layers[1], resources.seq_len) + (6 * widths[0] + 2 * widths[1]) * resources.seq_len / 2
     name = f'teacher_{self.teacher}'
     made = related(model, own, layers, self.relations, self.heads, self.weight, name)
-    return made._replace(flops=flops), {name: stored(params, self.precision)}
+    return self.finished(made, model, name, flops, resources), {name: stored(params, self.precision)}
 
 
 def check_layer(key: str, layer: int, first: int, last: int, who: str) -> None:

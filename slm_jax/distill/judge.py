@@ -22,25 +22,24 @@ from slm_jax.distill.rollouts import Rows
 from slm_jax.distill.teachers import Teacher, online
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
-from slm_jax.step import Context, Resources, Transform
+from slm_jax.step import Context, Resources, Slot, Transform
 
 SEQUENCES = 64  # texts that the student writes, in all; a whole batch at a time
 PROMPT = 8  # tokens of a document after which it does, where the data have no prompts
 MAX_NEW = 64  # tokens that it writes at most, and at most three quarters of a sequence
 
-Judge = Callable[[Params, Batch, Context], Terms]
+Judge = Callable[[Slot, Params, Batch, Context], Terms]
 
 
 def judge(student: Model, teacher: Teacher, resources: Resources) -> Judge:
-  """The `judge` of a transform whose teacher remembers nothing: its parameters are in `context.frozen`.
+  """By that teacher: the slot is what it remembers, its parameters are in `context.frozen`.
 
   Full logits exist for a chunk of tokens at a time. The rollouts are those of the first batches, up to SEQUENCES rows.
   """
   vocab = resources.vocab
 
-  def compared(params: Params, batch: Batch, context: Context, token_loss: Callable[..., Terms]) -> Terms:
+  def compared(slot: Slot, params: Params, batch: Batch, context: Context, token_loss: Callable[..., Terms]) -> Terms:
     """Sums of token_loss(log p, log q, tokens)."""
-    slot = teacher.init(params)
 
     def of_chunk(logits, tokens, context):
       log_p = log_softmax(teacher.logits(slot, tokens, context))
@@ -49,16 +48,16 @@ def judge(student: Model, teacher: Teacher, resources: Resources) -> Judge:
     batch = {**batch, **teacher.data(slot, batch, context)}
     return losses.over_chunks(of_chunk, student.head, params, student.hidden(params, batch), batch, context)
 
-  def own_text(params: Params, batch: Batch, context: Context) -> Terms:
+  def own_text(slot: Slot, params: Params, batch: Batch, context: Context) -> Terms:
     rows = written(student, params, batch, jax.random.fold_in(context.key, context.step), resources)
-    return compared(params, rollouts.entries(rows), context, on_rollout)
+    return compared(slot, params, rollouts.entries(rows), context, on_rollout)
 
-  def measure(params: Params, batch: Batch, context: Context) -> Terms:
+  def measure(slot: Slot, params: Params, batch: Batch, context: Context) -> Terms:
     some = {name: x[:: -(-len(x) // SEQUENCES)] for name, x in batch.items()}
     nothing = {'rollout_kl': Term(jnp.float32(0), jnp.float32(0), 0.0)}
     due = context.step * len(some['inputs']) < SEQUENCES
-    rollout = jax.lax.cond(due, lambda: own_text(params, some, context), lambda: nothing)
-    return {**compared(params, batch, context, on_text), **rollout}
+    rollout = jax.lax.cond(due, lambda: own_text(slot, params, some, context), lambda: nothing)
+    return {**compared(slot, params, batch, context, on_text), **rollout}
 
   return measure
 
@@ -117,7 +116,7 @@ def asked_at_the_end(transform: Transform, arm: str, resources: Resources) -> Tr
   """The transform, with what that arm says of the finished student; it is loaded only then."""
   name, load = f'teacher_{arm}', functools.cache(lambda: resources.load(arm))
 
-  def of_arm(params: Params, batch: Batch, context: Context) -> Terms:
-    return judge(resources.model, online(load()[0], name, resources.vocab), resources)(params, batch, context)
+  def of_arm(slot: Slot, params: Params, batch: Batch, context: Context) -> Terms:
+    return judge(resources.model, online(load()[0], name, resources.vocab), resources)((), params, batch, context)
 
   return transform._replace(judge=of_arm, witnesses=lambda: {name: load()[1]})

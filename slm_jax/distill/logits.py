@@ -77,11 +77,14 @@ class TokenLoss(TransformConfig):
   def tempered(self) -> bool:
     return self.temperature != 1 or self.temperature_end not in (1, STAYS)
 
-  def transform(self, source: Source, loss: SignalLoss, resources: Resources) -> Transform:
+  def transform(
+    self, source: Source, loss: SignalLoss, teacher: teachers.Teacher | None, resources: Resources
+  ) -> Transform:
+    """teacher: that of the source, if it can be asked about a finished student."""
     numbers = {
       f'{self.kind}.{f.name}': getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get('traced')
     }
-    return taught_by(
+    made = taught_by(
       source,
       loss,
       numbers,
@@ -91,6 +94,10 @@ class TokenLoss(TransformConfig):
       moving=self.divergence == 'taid',
       drawn=self.divergence == 'policy_gradient',
     )
+    if teacher is None:
+      return made
+    by_teacher = judge(resources.model, teacher, resources)
+    return made._replace(judge=lambda slot, *given: by_teacher(slot['source'], *given))
 
   def dense_loss(self) -> SignalLoss:
     if self.divergence == 'policy_gradient':
@@ -136,8 +143,7 @@ class Distill(TokenLoss):
     shares = self.shares or (1.0,) * len(parts)
     teacher = parts[0] if len(parts) == 1 else teachers.average_of(parts, shares, self.average)
     source, loss = self.source(teacher)
-    judged = judge(resources.model, teacher, resources)
-    return self.transform(source, loss, resources)._replace(flops=flops, judge=judged), frozen
+    return self.transform(source, loss, teacher, resources)._replace(flops=flops), frozen
 
   def source(self, teacher: teachers.Teacher) -> tuple[Source, SignalLoss]:
     if self.signal == 'top_k':
@@ -159,9 +165,9 @@ class SelfDistill(TokenLoss):
     require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
-    source = teachers.dense(teachers.own_average(resources.model, self.kind, resources.vocab))
+    own = teachers.own_average(resources.model, self.kind, resources.vocab)
     flops = flops_per_token(resources.model.config, resources.seq_len, backward=False)
-    return self.transform(source, self.dense_loss(), resources)._replace(flops=flops), {}
+    return self.transform(teachers.dense(own), self.dense_loss(), own, resources)._replace(flops=flops), {}
 
 
 def check_signal(spec: Any, key: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from slm_jax import evaluate
 from slm_jax.distill import judge as judges
-from slm_jax.distill.logits import Distill
+from slm_jax.distill.features import Features, Relations
+from slm_jax.distill.logits import Distill, SelfDistill
 from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig
 from slm_jax.step import Context, Resources
@@ -27,12 +28,18 @@ ARMS = {'a': (TEACHER, A), 'b': (TEACHER, B), 'itself': (MODEL, STUDENT)}
 
 def judged(teacher='a', t=6, **settings):
   """(params, batch, step, key) -> terms, of `Distill` as an arm builds it."""
+  return judged_by(Distill(teacher, **settings), t)
+
+
+def judged_by(spec, t=6, average=STUDENT):
+  """Of any transform; average: the parameters in its slot when it starts."""
   resources = Resources(10, t, V, MODEL, ARMS.__getitem__, Path(), EOS, 0)
-  transform, frozen = Distill(teacher, **settings).build(resources)
+  transform, frozen = spec.build(resources)
 
   @jax.jit
   def terms(params, batch, step=0, key=jax.random.PRNGKey(0)):  # noqa: B008
-    return transform.judge(params, batch, Context(jnp.int32(step), key, {}, frozen))
+    slot = transform.init(key, average)
+    return transform.judge(slot, params, batch, Context(jnp.int32(step), key, {}, frozen))
 
   return terms
 
@@ -157,3 +164,27 @@ def test_prompts_are_the_datas_own_or_the_beginning_of_one_document():
     assert end - start <= 15
     assert end - start == 15 or end == 0 or tokens[end - 1] == EOS
   assert len({tuple(row) for row in rows.tokens}) > 20
+
+
+def test_all_that_can_ask_a_teacher_are_judged_alike():
+  batch = batch_of(16, 6)
+  expected = means(judged('a')(STUDENT, batch))
+  for spec in (
+    Features('a', layers=('1:2',)),
+    Relations('a', heads=2),
+    Distill('a', signal='top_k', k=3),
+    Distill('a', divergence='taid', weight=0.3),
+  ):
+    assert means(judged_by(spec)(STUDENT, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_its_own_average_judges_a_student_that_teaches_itself():
+  batch = batch_of(16, 6)
+  same = means(judged_by(SelfDistill())(STUDENT, batch))
+  assert same['agreement'] == 1
+  assert same['kl'] == pytest.approx(0, abs=1e-6)
+  behind = means(judged_by(SelfDistill(), average=SAME)(STUDENT, batch))
+  assert behind['kl'] > 0.05
+  log_p = log_probabilities(MODEL, SAME, batch)
+  nats = -np.take_along_axis(log_p, batch['targets'][..., None], -1)[..., 0]
+  assert behind['teacher_loss'] == pytest.approx((nats * batch['mask']).sum() / batch['mask'].sum(), rel=1e-5)

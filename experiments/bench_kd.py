@@ -1,0 +1,143 @@
+"""What does it cost to distil in chunks? Time and memory of loss and gradient, against the full logits of both models.
+
+    python -m experiments.bench_kd [--tokens=8192] [--vocab=32768] [--width=128] [--chunks=512,2048] [--out=FILE]
+
+(1 - w) CE + w T^2 KL from the hidden states of a student and of a teacher twice as wide, with the gradients of the
+student's hidden states and head: what one step adds to the two models' bodies. `dense` holds the logits of all tokens
+at once; the others those of so many (train.loss_chunk), and compute them again for the gradient.
+
+Each way is a process of its own. They take turns, so that a busy machine slows all of them; reported is the fastest
+call of each. Memory is what the compiled program asks for beside its arguments and results.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.turns import Contestant, closing, serve, take_turns
+from slm_jax.ablate.table import columns
+
+_TOKENS = flags.DEFINE_integer('tokens', 8192, 'of a batch, in sequences of 256', lower_bound=256)
+_VOCAB = flags.DEFINE_integer('vocab', 32768, 'tokens of the vocabulary', lower_bound=2)
+_WIDTH = flags.DEFINE_integer('width', 128, "the student's; the teacher has twice as much", lower_bound=1)
+_CHUNKS = flags.DEFINE_list('chunks', ['512', '2048'], 'tokens whose logits exist at once, beside all of them')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'turns of each way', lower_bound=1)
+_OUT = flags.DEFINE_string('out', 'runs/bench_kd/bench.json', 'where the figures go')
+_WORKER = flags.DEFINE_integer('worker', 0, 'internal: the chunk of this process')
+
+
+def loss_and_gradient(tokens: int, vocab: int, width: int, chunk: int) -> tuple[Any, tuple[Any, ...]]:
+  """(function of its arguments, the arguments): the loss, and its gradient by the student's head and hidden states."""
+  import jax
+  import jax.numpy as jnp
+
+  from slm_jax import losses
+  from slm_jax.distill import logits, signals, teachers
+  from slm_jax.distill.divergences import kl
+  from slm_jax.model.api import Model
+  from slm_jax.step import Context
+
+  b, t = tokens // 256, 256
+  keys = iter(jax.random.split(jax.random.PRNGKey(0), 5))
+
+  def head(w_DV: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    return jnp.einsum('btd,dv->btv', x_BTD, w_DV, preferred_element_type=jnp.float32)
+
+  def part(d: int) -> tuple[jax.Array, jax.Array]:
+    return jax.random.normal(next(keys), (d, vocab)) / d**0.5, jax.random.normal(next(keys), (b, t, d))
+
+  (own, x_BTD), (its, y_BTD) = part(width), part(2 * width)
+  teacher: Any = Model(None, None, lambda params, batch: batch['teacher_hidden'], head, None)  # type: ignore[arg-type]
+  numbers = {'distill.weight': 0.5, 'distill.temperature': 2.0}
+  source = teachers.dense(teachers.online(teacher))
+  taught = logits.taught_by(source, signals.dense_loss(kl), numbers)
+  token_loss = taught.token_loss({'source': ()}, losses.cross_entropy())
+  hparams = {name: jnp.float32(x) for name, x in taught.hparams.items()}
+  targets = jax.random.randint(next(keys), (b, t), 0, vocab)
+
+  def of(own: jax.Array, x_BTD: jax.Array, its: jax.Array, y_BTD: jax.Array, targets: jax.Array) -> jax.Array:
+    context = Context(jnp.int32(0), jax.random.PRNGKey(0), hparams, {'teacher': its})
+    batch = {'targets': targets, 'mask': jnp.ones((b, t)), 'teacher_hidden': y_BTD}
+    return losses.objective(losses.over_chunks(token_loss, head, own, x_BTD, batch, context, chunk))
+
+  return jax.value_and_grad(of, argnums=(0, 1)), (own, x_BTD, its, y_BTD, targets)
+
+
+def work(chunk: int) -> None:
+  """A contestant."""
+  import jax
+
+  from slm_jax import perf
+
+  perf.keep_freed_memory()
+  fn, args = loss_and_gradient(_TOKENS.value, _VOCAB.value, _WIDTH.value, chunk)
+  compiled = jax.jit(fn).lower(*args).compile()
+  memory: Any = compiled.memory_analysis()
+  value, grads = jax.block_until_ready(compiled(*args))
+  norm = float(sum((g**2).sum() for g in grads)) ** 0.5
+
+  def turn(seconds: float) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+      start = time.perf_counter()
+      jax.block_until_ready(compiled(*args))
+      times.append(time.perf_counter() - start)
+    return times
+
+  facts = {'memory': int(memory.temp_size_in_bytes), 'loss': float(value), 'gradient': norm}
+  serve({**facts, 'device': jax.devices()[0].device_kind}, turn)
+
+
+def main(argv: list[str]) -> None:
+  if _WORKER.value:
+    work(_WORKER.value)
+    return
+  wrong = [chunk for chunk in _CHUNKS.value if not (chunk.isdigit() and 0 < int(chunk) < _TOKENS.value)]
+  if wrong or len(argv) > 1:
+    sys.exit(f'error: {", ".join(wrong + argv[1:])}: --chunks must be numbers of tokens, less than {_TOKENS.value}')
+  chunks = [_TOKENS.value, *map(int, _CHUNKS.value)]
+  sizes = [f'--{name}={flags.FLAGS[name].value}' for name in ('tokens', 'vocab', 'width')]
+  command = [sys.executable, '-m', 'experiments.bench_kd', *sizes]
+  with closing([]) as contestants:
+    for chunk in chunks:
+      contestants.append(Contestant(([*command, f'--worker={chunk}'], {})))
+    answers = take_turns(contestants, _ROUNDS.value, 1.0)
+    rows = [
+      {'chunk': chunk, **its.facts[0], 'seconds': min(min(turn) for turn in turns), 'calls': sum(map(len, turns))}
+      for chunk, its, turns in zip(chunks, contestants, answers, strict=True)
+    ]
+  print(table(rows))
+  out = Path(_OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  sizes_of = {name: flags.FLAGS[name].value for name in ('tokens', 'vocab', 'width')}
+  out.write_text(json.dumps({'machine': platform.platform(), **sizes_of, 'rows': rows}, indent=1) + '\n')
+  print(f'\n{out}')
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  dense = rows[0]
+  head = ('logits of', 'ms', 'of dense', 'memory MiB', 'of dense', 'loss', 'gradient')
+  lines = [head]
+  for row in rows:
+    lines.append(
+      (
+        'all, dense' if row is dense else f'{row["chunk"]}',
+        f'{1e3 * row["seconds"]:,.0f}',
+        f'{row["seconds"] / dense["seconds"]:.2f}x',
+        f'{row["memory"] / 2**20:,.0f}',
+        f'1/{dense["memory"] / row["memory"]:.1f}',
+        f'{row["loss"]:.6f}',
+        f'{row["gradient"]:.6f}',
+      )
+    )
+  return columns(lines, right=range(1, len(head)))
+
+
+if __name__ == '__main__':
+  app.run(main)
