@@ -16,9 +16,11 @@ class Feature(NamedTuple):
 
   hidden: the residual stream after layer 1..L, [B,T,D]; layer 0 is the embeddings.
   q, k, v: of layer 1..L as attention takes them, after their norm and RoPE: [B,T,H,K], [B,T,G,K], [B,T,G,K].
+  Inputs of the matrices of layer 1..L: into_qkv [B,T,D], into_o [B,T,H,K], into_mlp [B,T,D] (up and gate), into_down
+  [B,T,F].
   """
 
-  kind: Literal['hidden', 'q', 'k', 'v']
+  kind: Literal['hidden', 'q', 'k', 'v', 'into_qkv', 'into_o', 'into_mlp', 'into_down']
   layer: int
 
 

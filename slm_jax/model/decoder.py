@@ -166,10 +166,10 @@ def layer(
     is_global = (index + 1) % c.global_every == 0
     place = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), place, local)
 
-  h_BTD = norm('attn_norm', x_BTD)
-  q_BTHK = linear('q', h_BTD)
-  k_BTGK = linear('k', h_BTD)
-  v_BTGK = linear('v', h_BTD)
+  a_BTD = norm('attn_norm', x_BTD)
+  q_BTHK = linear('q', a_BTD)
+  k_BTGK = linear('k', a_BTD)
+  v_BTGK = linear('v', a_BTD)
   if c.qk_norm:
     q_BTHK = ops.rms_norm(q_BTHK, c.norm_offset + w['q_norm'], c.norm_eps)
     k_BTGK = ops.rms_norm(k_BTGK, c.norm_offset + w['k_norm'], c.norm_eps)
@@ -179,15 +179,17 @@ def layer(
   if cache is not None:
     k_BSGK, v_BSGK, cache = cache.insert(index, k_BTGK, v_BTGK)
   z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale)
-  a_BTD = linear('o', z_BTHK, 2)
-  x_BTD += norm('attn_post_norm', a_BTD) if c.post_norms else a_BTD
+  o_BTD = linear('o', z_BTHK, 2)
+  x_BTD += norm('attn_post_norm', o_BTD) if c.post_norms else o_BTD
 
   h_BTD = norm('mlp_norm', x_BTD)
   up_BTF = linear('up', h_BTD)
   gate_BTF = linear('gate', h_BTD) if c.mlp != 'gelu' else None
-  m_BTD = linear('down', ops.activation(c.mlp, up_BTF, gate_BTF))
+  act_BTF = ops.activation(c.mlp, up_BTF, gate_BTF)
+  m_BTD = linear('down', act_BTF)
   x_BTD += norm('mlp_post_norm', m_BTD) if c.post_norms else m_BTD
-  return x_BTD, cache, {'hidden': x_BTD, 'q': q_BTHK, 'k': k_BTGK, 'v': v_BTGK}
+  into = {'into_qkv': a_BTD, 'into_o': z_BTHK, 'into_mlp': h_BTD, 'into_down': act_BTF}
+  return x_BTD, cache, {'hidden': x_BTD, 'q': q_BTHK, 'k': k_BTGK, 'v': v_BTGK, **into}
 
 
 def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
