@@ -4,6 +4,7 @@ Each section stands beside the code that reads it; this module only puts them to
 """
 
 import dataclasses
+from typing import Literal
 
 from slm_jax import chips
 from slm_jax.config import require, setting
@@ -48,6 +49,12 @@ class InitConfig:
   """Where the parameters come from: an initialiser, or another arm's, cut to the size of this arm's model."""
 
   arm: str = setting('', arm=True)
+  # What stays of a larger one (slm_jax/prune/choose.py): by its weights, by activations on training text, or at random.
+  by: Literal['magnitude', 'activations', 'random'] = 'magnitude'
+  sequences: int = 128  # of calibration text, for activations
+
+  def check(self, key: str) -> None:
+    require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')
 
 
 @dataclasses.dataclass(frozen=True)

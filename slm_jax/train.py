@@ -28,7 +28,7 @@ from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
-from slm_jax.prune.cut import cut
+from slm_jax.prune.choose import fit, scored
 from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
@@ -159,7 +159,9 @@ def assemble(
     init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
     if config.init.arm:
       parent, params = resources.load(config.init.arm)
-      params = sharding.place(cut(sharding.to_host(params), parent.config, config.model), axes, mesh)
+      params, batches = sharding.to_host(params), dataset.calibration(config.init.sequences)
+      scores = scored(config.init.by, parent, params, batches, config.seed)
+      params = sharding.place(fit(params, parent.config, config.model, scores), axes, mesh)
     else:
       params = new_params(init_key)
     return new_state(state_key, params, configs.traced(config))

@@ -39,6 +39,11 @@ class Dataset(NamedTuple):
     """batch(start), batch(start + 1), ... by a thread that is `ahead` of its consumer; to be used in a `with`."""
     return Prefetch(self.batch, start, ahead, put)
 
+  def calibration(self, sequences: int) -> Iterator[HostBatch]:
+    """At least so many of the training sequences, in batches: the same ones on all hosts."""
+    whole = self._replace(host=0, hosts=1, joins=())
+    return (whole.batch(step) for step in range(-(-sequences // self.config.batch_size)))
+
   def valid_batches(self, size: int, sequences: int = 0) -> Iterator[HostBatch]:
     """The valid split, or so many sequences spread evenly over it, in batches of one shape."""
     chosen = batches.spread(len(self.valid), sequences)

@@ -39,6 +39,7 @@ class ModelConfig:
   norm_offset: float = 0.0  # Gemma: scale is (1 + w)
   post_norms: bool = False  # Gemma 3: norms after attention and after the MLP too
   qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm per head before RoPE
+  qk_norm_eps: float = 0.0  # of that norm; 0: norm_eps
   mlp: Literal['swiglu', 'geglu', 'gelu'] = 'swiglu'  # geglu: Gemma; gelu (tanh, no gate): GPT-2
   bias: bool = False  # GPT-2: biases on all projections
   positions: Literal['rope', 'learned'] = 'rope'
@@ -75,7 +76,7 @@ class ModelConfig:
       len(self.rope_scaling) in (0, 4),
       f'{key}.rope_scaling={self.rope_scaling}: expected none or (factor, low, high, original positions)',
     )
-    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'init_std', 'mup_base_width', 'mup_base_head_dim'):
+    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'qk_norm_eps', 'init_std', 'mup_base_width', 'mup_base_head_dim'):
       require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
     for name in ('rope_theta', 'rope_local_theta', 'global_every'):
       require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')

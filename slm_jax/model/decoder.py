@@ -3,7 +3,7 @@
     model = build(config)
     logits_BTV = Decoder(config).apply({'params': params}, tokens_BT, segments_BT)
 
-The tree of parameters, the shape of each and the logical names of its axes all follow from one table (`_table`).
+The tree of parameters, the shape of each and the logical names of its axes all follow from one table (`letters`).
 Sharding is not mentioned: it is a property of the arguments. The maths of the pieces is in ops.py, rope.py and
 attention.py; legend of shapes in config.py.
 """
@@ -27,7 +27,7 @@ from slm_jax.model.config import ModelConfig
 # ------------------------------------------------------------------------------------------------------ parameters
 
 
-def _table(config: ModelConfig) -> dict[str, Any]:
+def letters(config: ModelConfig) -> dict[str, Any]:
   """Every parameter and its axes, by the letters of the legend; P is a learned position."""
   layer = {'attn_norm': 'D', 'q': 'DHK', 'k': 'DGK', 'v': 'DGK', 'o': 'HKD', 'mlp_norm': 'D', 'up': 'DF', 'down': 'FD'}
   if config.mlp != 'gelu':
@@ -66,7 +66,7 @@ _LOGICAL = {
 
 def logical_axes(config: ModelConfig) -> Any:
   """A tree like the parameters; each leaf is a tuple that names the axes of one, None where there is nothing to say."""
-  return jax.tree.map(lambda axes: tuple(_LOGICAL[a] for a in axes), _table(config))
+  return jax.tree.map(lambda axes: tuple(_LOGICAL[a] for a in axes), letters(config))
 
 
 def shapes(config: ModelConfig) -> Any:
@@ -82,7 +82,7 @@ def shapes(config: ModelConfig) -> Any:
     'K': c.head_dim,
     'F': c.d_ff,
   }
-  return jax.tree.map(lambda axes: jax.ShapeDtypeStruct([size[a] for a in axes], c.param_dtype), _table(c))
+  return jax.tree.map(lambda axes: jax.ShapeDtypeStruct([size[a] for a in axes], c.param_dtype), letters(c))
 
 
 def _moments(config: ModelConfig, name: str) -> tuple[float, float]:
@@ -171,8 +171,9 @@ def layer(
   k_BTGK = linear('k', a_BTD)
   v_BTGK = linear('v', a_BTD)
   if c.qk_norm:
-    q_BTHK = ops.rms_norm(q_BTHK, c.norm_offset + w['q_norm'], c.norm_eps)
-    k_BTGK = ops.rms_norm(k_BTGK, c.norm_offset + w['k_norm'], c.norm_eps)
+    eps = c.qk_norm_eps or c.norm_eps
+    q_BTHK = ops.rms_norm(q_BTHK, c.norm_offset + w['q_norm'], eps)
+    k_BTGK = ops.rms_norm(k_BTGK, c.norm_offset + w['k_norm'], eps)
   if place.angles:
     q_BTHK, k_BTGK = rope.rotate(q_BTHK, *place.angles), rope.rotate(k_BTGK, *place.angles)
   k_BSGK, v_BSGK = k_BTGK, v_BTGK
@@ -200,8 +201,9 @@ def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
 
 
 def _linear(config: ModelConfig, w: Params, name: str, x: jax.Array, n_in: int = 1) -> jax.Array:
-  """x times the weights of `name`, over its last n_in axes."""
+  """x times the weights of `name`, over its last n_in axes; plus its tap, whose gradient is the product's cotangent."""
   y = ops.linear(x, w[name], n_in)
+  y = y + w[f'{name}_tap'] if f'{name}_tap' in w else y
   return y + ops.along(w[f'{name}_bias'].astype(x.dtype), y) if config.bias else y
 
 
@@ -287,7 +289,8 @@ class Decoder(nn.Module):
       x_BTD = x_BTD + ops.embed(self.weights['embed']['positions'], position_BT, 1.0, c.dtype)
     places = _places(c, slot_BT, start_BT)
     embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
-    x_BTD, cache, made = _layers(c, self.weights['layers'], x_BTD, cache, places, kinds)
+    weights = {**self.weights['layers'], **self.variables['params'].get('taps', {})}
+    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds)
     features = {f: made[f.kind][f.layer - 1] if f.layer else embedded_BTD for f in wanted}
     if cache is not None:
       cache = cache._replace(used=cache.used + tokens_BT.shape[1])
