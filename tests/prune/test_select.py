@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slm_jax.config import ConfigError
 from slm_jax.prune.select import keep_largest
 from slm_jax.sharding import make_mesh
 
@@ -29,13 +30,21 @@ def test_it_keeps_the_k_largest_first_come_first_served(numbers, k):
   np.testing.assert_array_equal(flat, expected)
 
 
-@pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99, 0.0, 1.0])
-def test_the_same_masks_on_one_and_on_eight_devices(share):
-  scores = jax.random.normal(jax.random.PRNGKey(0), (64, 33))
-  spread = jax.device_put(scores, NamedSharding(make_mesh(data=4, fsdp=2), PartitionSpec('data')))
-  alone, together = select([scores], share)[0], select([spread], share)[0]
-  np.testing.assert_array_equal(alone, together)
-  assert alone.sum() == round(share * scores.size)
+@pytest.mark.parametrize('mesh', [(8, 1, 1), (2, 4, 1), (4, 2, 1)])
+def test_the_same_masks_on_one_and_on_eight_devices(mesh):
+  """Normals, and whole numbers: almost all of those are ties."""
+  normals = jax.random.normal(jax.random.PRNGKey(0), (64, 32))
+  for scores in (normals, jnp.round(normals)):
+    spread = jax.device_put(scores, NamedSharding(make_mesh(*mesh), PartitionSpec('data', 'fsdp')))
+    for share in (0.1, 0.5, 0.9, 0.99, 0.0, 1.0):
+      alone, together = select([scores], share)[0], select([spread], share)[0]
+      np.testing.assert_array_equal(alone, together)
+      assert alone.sum() == round(share * scores.size)
+
+
+def test_more_scores_than_a_count_can_hold_are_refused():
+  with pytest.raises(ConfigError, match='a budget for 2147483648 weights at once: allowed are fewer than 2'):
+    jax.eval_shape(lambda s: keep_largest([s], 0.5), jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32))
 
 
 def test_a_sharded_selection_moves_nothing_but_counts():
