@@ -7,10 +7,11 @@ teachers have one size, as a teacher need not be larger where text is what lacks
 Expected, written before the run: distilled < twin by 0.05 nats or more. Distilled <= the better teacher, too, as in the
 paper (a user's replication did not find it).
 
-Found (2 CPU cores, 3 seeds, 95 % intervals), at the end of the run as in the paper: twin 1.873 +- 0.055, teachers 1.908
-and 1.826, distilled 1.661 +- 0.054. Distilled < twin by 0.212 +- 0.026, REPRODUCED; < the better teacher by 0.165 +-
-0.054, REPRODUCED. But all of them overfit: at their best evaluation, after ten epochs, twins stood at 1.145 to 1.166 and
-the distilled at 1.196 to 1.267. What two teachers give here is slower overfitting; who stops in time does not need them.
+Found (2 CPU cores, 3 seeds, 95 % intervals), at the end of the run as in the paper: twin 1.873 +- 0.055, teachers
+1.908 and 1.826, distilled 1.661 +- 0.054. Distilled < twin by 0.212 +- 0.026, REPRODUCED; < the better teacher by
+0.165 +- 0.054, REPRODUCED. But all of them overfit: at their best evaluation, after ten epochs, twins stood at 1.145
+to 1.166 and the distilled at 1.196 to 1.267. What two teachers give here is slower overfitting; who stops in time
+does not need them.
 
     python -m experiments.few_stories
 """

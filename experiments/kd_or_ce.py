@@ -10,10 +10,10 @@ find distillation ahead at few tokens a parameter with a good teacher; RS-KD, ar
 is left of it or little: MobileLLM (arXiv 2402.14905) and MiniPLM (arXiv 2410.17215) report nulls. So: |difference| of
 at most 0.02 nats there.
 
-Found (2 CPU cores, 5 seeds, 95 % intervals): ce 0.6382 +- 0.0021, kd 0.6167 +- 0.0058 (teacher 0.524). At equal tokens
-kd is ahead by 0.0215 +- 0.0051: ahead, but whether by 0.02 CANNOT TELL. At equal FLOPs ce, which has then seen 2.1 times
-the tokens, comes to 0.6010 +- 0.0028 and is ahead of kd by 0.0157 +- 0.0069: kd = ce within 0.02 CANNOT TELL, and the
-sign is against kd.
+Found (2 CPU cores, 5 seeds, 95 % intervals): ce 0.6382 +- 0.0021, kd 0.6167 +- 0.0058 (teacher 0.524). At equal
+tokens kd is ahead by 0.0215 +- 0.0051: ahead, but whether by 0.02 CANNOT TELL. At equal FLOPs ce, which has then seen
+2.1 times the tokens, comes to 0.6010 +- 0.0028 and is ahead of kd by 0.0157 +- 0.0069: kd = ce within 0.02 CANNOT
+TELL, and the sign is against kd.
 
     python -m experiments.kd_or_ce
 """
