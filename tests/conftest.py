@@ -1,16 +1,12 @@
-"""All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error.
-
-Most of their time is compilation, of programs that run for a moment: so LLVM is asked not to optimise, each program is
-one LLVM module in place of 32, and fusions do not go through MLIR. A run's compilation takes a quarter of the time.
-Tests that start real processes to kill them have none of it: they compile as users do.
-"""
+"""All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error."""
 
 import os
 import signal
 
+import cheap
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-CHEAP = '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8 {CHEAP}'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {cheap.flags(8)}'
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

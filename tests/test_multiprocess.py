@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import cheap
 import many
 import numpy as np
 import pytest
@@ -44,8 +45,6 @@ class Processes:
       port = probe.getsockname()[1]
     workdir.mkdir(exist_ok=True)
     self.logs = [workdir / f'log.{i}' for i in range(count)]
-    # Compiling is most of the time here, and optimising most of compiling.
-    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
     self.all = []
     for i, log in enumerate(self.logs):
       its = folders[i] if folders else workdir
@@ -53,7 +52,7 @@ class Processes:
       with open(log, 'w') as file:
         process = subprocess.Popen(
           [*command, f'--distributed=127.0.0.1:{port},{count},{i}'],
-          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, **environment},
+          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': cheap.flags(devices), **environment},
           stdout=file,
           stderr=file,
         )

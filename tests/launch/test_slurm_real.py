@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import cheap
 import pytest
 
 REPO = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ class Cluster:
     (folder / 'survive.py').write_text(SWEEP.format(steps=STEPS))
     path = os.pathsep.join(map(str, (REPO, REPO / 'tests')))
     self.env = {**os.environ, 'SLURM_CONF': f'{state}/slurm.conf', 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
-    self.env.pop('XLA_FLAGS', None)  # of conftest.py: a worker has one device
+    self.env['XLA_FLAGS'] = cheap.flags(1)  # a worker has one device
 
   def launch(self, name: str, *argv: str) -> str:
     """Launches the sweep into the workdir of that name; what it says."""

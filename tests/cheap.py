@@ -1,0 +1,16 @@
+"""How tests compile: quickly. Most of their time is compilation, of programs that run for a moment.
+
+LLVM does not optimise, a program is one LLVM module in place of up to 32, and fusions are emitted without MLIR. The
+laws hold of any program, however compiled; tests that kill real processes compile as users do.
+"""
+
+FAST = [
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_parallel_codegen_split_count=1',
+  '--xla_cpu_use_fusion_emitters=false',
+]
+
+
+def flags(devices: int) -> str:
+  """XLA_FLAGS of a process that sees the CPU as that many devices."""
+  return ' '.join([f'--xla_force_host_platform_device_count={devices}', *FAST])
