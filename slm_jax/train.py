@@ -18,6 +18,7 @@ from slm_jax import config as configs
 from slm_jax import distributed, energy, evaluate, metrics, perf, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
+from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors, write_json
@@ -28,7 +29,7 @@ from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
-from slm_jax.prune.choose import fit, scored
+from slm_jax.prune.choose import fit, of_tokens, scored
 from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
@@ -158,10 +159,7 @@ def assemble(
   def fresh(config: Config) -> TrainState:
     init_key, state_key = jax.random.split(jax.random.PRNGKey(config.seed))
     if config.init.arm:
-      parent, params = resources.load(config.init.arm)
-      params, batches = sharding.to_host(params), dataset.calibration(config.init.sequences)
-      scores = scored(config.init.by, parent, params, batches, config.seed)
-      params = sharding.place(fit(params, parent.config, config.model, scores), axes, mesh)
+      params = sharding.place(inherited(config, dataset, others), axes, mesh)
     else:
       params = new_params(init_key)
     return new_state(state_key, params, configs.traced(config))
@@ -185,6 +183,19 @@ def assemble(
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
   )
+
+
+def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
+  """Another arm's parameters, cut to this arm's model; its tokenizer may have more tokens than the data's."""
+  arm = config.init.arm
+  tokens, (parent, params) = others.tokenizer(arm), others.model(arm)
+  source, params = parent.config, sharding.to_host(params)
+  if tokens.fingerprint != dataset.tokenizer.fingerprint:
+    kept = within(dataset.tokenizer, tokens, f'arm {arm}')
+    source, params = of_tokens(source, params, kept, config.model.vocab_size)
+  batches = dataset.calibration(config.init.sequences)
+  scores = scored(config.init.by, decoder.build(source), params, batches, config.seed)
+  return fit(params, source, config.model, scores)
 
 
 def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained, derived: Path) -> Resources:

@@ -136,6 +136,18 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores) -> Kept:
   return Kept(**kept)
 
 
+def of_tokens(config: ModelConfig, params: Params, kept: np.ndarray, vocab_size: int) -> tuple[ModelConfig, Params]:
+  """The model of these tokens, by their ids; beyond them are rows of some that are gone, which stand for nothing."""
+  gone = np.setdiff1d(np.arange(config.vocab_size), kept)
+  n = vocab_size - len(kept)
+  require(
+    0 <= n <= len(gone),
+    f'model.vocab_size={vocab_size}: allowed: {len(kept)}..{config.vocab_size}, of the tokenizer and of the arm it is '
+    f'cut from',
+  )
+  return cut(config, params, Kept(vocabulary=np.concatenate([kept, gone[:n]])))
+
+
 def best(scores: np.ndarray, n: int) -> np.ndarray:
   """Indices of the n largest along the last axis, increasing."""
   return np.sort(np.argsort(-scores, axis=-1, kind='stable')[..., :n], axis=-1)

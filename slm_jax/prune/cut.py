@@ -26,7 +26,7 @@ _AXES = {'layers': 1, 'channels': 2, 'groups': 2, 'queries': 3, 'width': 1, 'voc
 
 
 class Kept(NamedTuple):
-  """What stays of each unit (spec.py), increasing; None: all. L layers and G groups are those of the old model."""
+  """What stays of each unit (spec.py), increasing, tokens in any order; None: all. L and G are of the old model."""
 
   layers: Index = None  # [l]
   channels: Index = None  # [L,f]
@@ -74,8 +74,10 @@ def check(config: ModelConfig, kept: Kept) -> None:
     expected = ''.join(f'{n}, ' for n in whole.get(unit, ())) + f'1..{total}'
     fits = found.ndim == _AXES[unit] and found.shape[:-1] == whole.get(unit, ()) and 0 < found.shape[-1] <= total
     require(fits, f'kept.{unit}: indices of shape {found.shape}, expected ({expected})')
-    good = (np.diff(found, axis=-1) > 0).all() and found.min() >= 0 and found.max() < total
-    require(bool(good), f'kept.{unit}: indices must increase and lie in 0..{total - 1}')
+    ordered = (np.diff(np.sort(found) if unit == 'vocabulary' else found, axis=-1) > 0).all()
+    how = 'differ' if unit == 'vocabulary' else 'increase'
+    good = ordered and found.min() >= 0 and found.max() < total
+    require(bool(good), f'kept.{unit}: indices must {how} and lie in 0..{total - 1}')
   require(
     kept.width is None or not config.mup_base_width,
     f'kept.width: cannot be cut with mup_base_width={config.mup_base_width}, whose scales depend on it; allowed: 0',

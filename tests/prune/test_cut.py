@@ -272,7 +272,7 @@ def test_impossible_targets(changes, message):
     (LLAMA, Kept(channels=np.zeros((3, 2), int)), r'expected \(4, 1..48\)'),
     (LLAMA, Kept(queries=some(4, 2, 1, of=2)), r'kept.queries: .* expected \(4, 4, 1..2\)'),
     (LLAMA, Kept(width=[1, 1]), r'kept.width: indices must increase and lie in 0..31'),
-    (LLAMA, Kept(vocabulary=[63, 64]), r'kept.vocabulary: indices must increase and lie in 0..63'),
+    (LLAMA, Kept(vocabulary=[63, 64]), r'kept.vocabulary: indices must differ and lie in 0..63'),
     (
       dataclasses.replace(LLAMA, mup_base_width=16),
       Kept(width=[1, 2]),
