@@ -76,7 +76,8 @@ class ModelConfig:
       len(self.rope_scaling) in (0, 4),
       f'{key}.rope_scaling={self.rope_scaling}: expected none or (factor, low, high, original positions)',
     )
-    for name in ('window', 'attn_scale', 'softcap', 'norm_eps', 'qk_norm_eps', 'init_std', 'mup_base_width', 'mup_base_head_dim'):
+    not_negative = ('window', 'attn_scale', 'softcap', 'norm_eps', 'qk_norm_eps', 'init_std')
+    for name in (*not_negative, 'mup_base_width', 'mup_base_head_dim'):
       require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
     for name in ('rope_theta', 'rope_local_theta', 'global_every'):
       require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
