@@ -16,8 +16,27 @@ from slm_jax import sharding  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
 
+# Whole files go to a worker (--dist loadfile): none of these is to be left for the end. The first of them often waits.
+LONGEST = [
+  'test_slurm_real.py',
+  'test_survival.py',
+  'test_multiprocess.py',
+  'test_resume.py',
+  'test_population.py',
+  'test_train.py',
+]
+
 hypothesis.settings.register_profile('untimed', deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile('untimed')
+
+
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # xdist would begin with the files of many tests, which are short ones
+
+
+def pytest_collection_modifyitems(items):
+  order = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope='module')
