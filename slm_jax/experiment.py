@@ -12,18 +12,19 @@ from slm_jax.data.config import DataConfig
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig
+from slm_jax.prune.sparse import OneShot
 from slm_jax.step import TransformConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  steps: int = 1000
+  steps: int = 1000  # 0: what the arm starts from is evaluated
   accumulate: int = 1  # parts into which a batch is split, one after another
   z_loss: float = 0.0
   loss_chunk: int = setting(2048, semantic=False)  # tokens whose logits exist at once
 
   def check(self, key: str) -> None:
-    require(self.steps > 0, f'{key}.steps={self.steps}: must be positive')
+    require(self.steps >= 0, f'{key}.steps={self.steps}: must not be negative')
     require(self.accumulate > 0, f'{key}.accumulate={self.accumulate}: must be positive')
     require(self.z_loss >= 0, f'{key}.z_loss={self.z_loss}: must not be negative')
     require(self.loss_chunk > 0, f'{key}.loss_chunk={self.loss_chunk}: must be positive')
@@ -51,10 +52,13 @@ class InitConfig:
   arm: str = setting('', arm=True)
   # What stays of a larger one (slm_jax/prune/choose.py): by its weights, by activations on training text, or at random.
   by: Literal['magnitude', 'activations', 'random'] = 'magnitude'
-  sequences: int = 128  # of calibration text, for activations
+  sparse: OneShot = OneShot()
+  sequences: int = 128  # of calibration text, at least: for activations, and for what `sparse` goes by
 
   def check(self, key: str) -> None:
     require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')
+    pruned = self.sparse.criterion != 'none'
+    require(bool(self.arm) or not pruned, f"{key}.arm='': name the trained arm that {key}.sparse is to prune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Config:
       not self.model.mup_base_width or self.optim.name == 'adamw',
       f'{key}.optim.name={self.optim.name}: has no muP (model.mup_base_width={self.model.mup_base_width}); use adamw',
     )
+    self.init.sparse.check_model(self.model, f'{key}.init.sparse')
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')
     for transform in self.transforms:

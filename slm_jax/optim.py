@@ -157,7 +157,7 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array
     t = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum((t + 1) / max(config.warmup, 1), 1.0)
     p = jnp.clip((t - config.warmup) / max(steps - config.warmup, 1), 0, 1)
-    tail = jnp.clip((t / steps - (1 - config.decay)) / config.decay, 0, 1)
+    tail = jnp.clip((t / max(steps, 1) - (1 - config.decay)) / config.decay, 0, 1)
     drop = {
       'constant': jnp.zeros_like(p),
       'linear': p,

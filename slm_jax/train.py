@@ -6,6 +6,7 @@ Nothing here knows a transform by name. What a run leaves behind, in WORKDIR/arm
 metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
 from slm_jax.prune.choose import fit, of_tokens, scored
+from slm_jax.prune.sparse import sparse
 from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
@@ -193,9 +195,10 @@ def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
   if tokens.fingerprint != dataset.tokenizer.fingerprint:
     kept = within(dataset.tokenizer, tokens, f'arm {arm}')
     source, params = of_tokens(source, params, kept, config.model.vocab_size)
-  batches = dataset.calibration(config.init.sequences)
-  scores = scored(config.init.by, decoder.build(source), params, batches, config.seed)
-  return fit(params, source, config.model, scores)
+  batches = functools.partial(dataset.calibration, config.init.sequences)
+  scores = scored(config.init.by, decoder.build(source), params, batches(), config.seed)
+  params = fit(params, source, config.model, scores)
+  return sparse(config.init.sparse, decoder.build(config.model), params, batches(), config.seed)
 
 
 def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained, derived: Path) -> Resources:

@@ -1,0 +1,86 @@
+"""One-shot pruning: weights of a trained model set to zero at once, before the first step. Runs on the host.
+
+    criterion -> select, by statistics or gradients of calibration text; or SparseGPT, which updates what it keeps
+
+Recovery is another arm, which starts from this one and keeps its zeros (`Prune(ticket=...)`).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+
+from slm_jax.config import require
+from slm_jax.model.api import Model, Params
+from slm_jax.model.config import ModelConfig
+from slm_jax.model.decoder import shapes
+from slm_jax.prune import criteria, fisher
+from slm_jax.prune.allocate import Allocation
+from slm_jax.prune.matrices import Matrices, matrices, put
+from slm_jax.prune.oneshot import sequential
+from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, select
+from slm_jax.prune.stats import collect_all
+
+
+@dataclasses.dataclass(frozen=True)
+class OneShot:
+  """Which weights of the layers' matrices are zero at the start."""
+
+  criterion: Literal['none', 'random', 'magnitude', 'first_order', 'obd', 'wanda', 'ria', 'sparsegpt'] = 'none'
+  sparsity: float = 0.5
+  pattern: str = 'layer'  # what is compared: see `Prune`; Wanda and RIA are meant for 'output'
+  allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
+
+  def check(self, key: str) -> None:
+    require(0 <= self.sparsity < 1, f'{key}.sparsity={self.sparsity}: must lie in [0, 1)')
+    rule = Pattern.parse(self.pattern, f'{key}.pattern')
+    if rule.kind == 'n:m':
+      left = 1 - rule.n / rule.m
+      require(
+        abs(self.sparsity - left) < 1e-6,
+        f'{key}.sparsity={self.sparsity}: must be {left:g} with pattern={self.pattern}',
+      )
+    if self.criterion == 'sparsegpt':
+      what = f'{key}.pattern={self.pattern}, allocation={self.allocation}: sparsegpt chooses in blocks of inputs'
+      known = rule.kind in ('layer', 'n:m') and self.allocation == 'uniform'
+      require(known, f'{what}; allowed: layer or n:m, uniform')
+
+  def check_model(self, config: ModelConfig, key: str) -> None:
+    """ConfigError for what this model's matrices cannot have."""
+    if self.criterion != 'none':
+      rule, sizes = Pattern.parse(self.pattern, f'{key}.pattern'), {k: s.shape for k, s in _matrices(config).items()}
+      check_shapes(rule, sizes, f'{key}.pattern')
+      check_budget(rule, sizes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
+
+
+def _matrices(config: ModelConfig) -> Matrices:
+  return jax.eval_shape(matrices, shapes(config))
+
+
+def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], seed: int) -> Params:
+  """The parameters with zeros in them; batches are the calibration text, and the seed counts for draws."""
+  if spec.criterion == 'none':
+    return params
+  text = list(batches)
+  if spec.criterion == 'sparsegpt':
+    rule = Pattern.parse(spec.pattern, 'pattern')
+    return sequential(model, params, text, (rule.n, rule.m) if rule.kind == 'n:m' else spec.sparsity)[0]
+  w = matrices(params)
+  masks = select(scores(spec.criterion, model, params, text, seed), 1 - spec.sparsity, spec.pattern, spec.allocation)
+  return put(params, {name: w[name] * masks[name] for name in w})
+
+
+def scores(criterion: str, model: Model, params: Params, text: list[Any], seed: int) -> Matrices:
+  """[L,I,O] by name; what is largest stays. obd: by the Fisher information of labels that the model draws."""
+  w, key = matrices(params), jax.random.PRNGKey(seed)
+  if criterion == 'random':
+    return criteria.random(w, key)
+  if criterion == 'magnitude':
+    return criteria.magnitude(w)
+  if criterion == 'first_order':
+    return criteria.first_order(w, fisher.average(fisher.gradient, model, params, text))
+  if criterion == 'obd':
+    return criteria.obd(w, fisher.average(fisher.sampled, model, params, text, key))
+  stats = collect_all(model, params, text)
+  return criteria.wanda(w, stats) if criterion == 'wanda' else criteria.ria(w, stats)

@@ -1,0 +1,102 @@
+"""One-shot pruning as an arm, and recovery from it: exact zeros that stay, and what both cost in loss."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from slm_jax import train
+from slm_jax.ablate import report
+from slm_jax.checkpoint import load_model
+from slm_jax.config import ConfigError, check, override
+from slm_jax.preempt import EXIT_DONE
+from slm_jax.prune.matrices import matrices
+from slm_jax.prune.sparse import OneShot
+from slm_jax.prune.transform import Prune
+from slm_jax.sharding import make_mesh
+
+CRITERIA = ('random', 'magnitude', 'first_order', 'obd', 'wanda', 'ria', 'sparsegpt')
+PLAIN = {'transforms': (), 'eval.samples': 0, 'eval.every': 200}
+
+
+def sparsities(workdir, arm):
+  import jax
+
+  _, params, _ = load_model(workdir / 'arms' / arm / 'model', make_mesh(1, 1, 1, jax.devices()[:1]))
+  return {name: (np.asarray(w) == 0).mean((1, 2)) for name, w in matrices(params).items()}
+
+
+def loss(workdir, arm):
+  return json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']['loss']
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('sparse')
+  dense = override(tiny.config(200), {**PLAIN, 'name': 'dense'})
+  of = {**PLAIN, 'init.arm': 'dense', 'init.sequences': 32, 'train.steps': 0}
+  arms = {'dense': dense, 'same': override(dense, of)}
+  for criterion in CRITERIA:
+    arms[criterion] = override(dense, {**of, 'init.sparse': OneShot(criterion, 0.75)})
+  arms['2:4'] = override(dense, {**of, 'init.sparse': OneShot('sparsegpt', 0.5, '2:4')})
+  arms['global'] = override(dense, {**of, 'init.sparse': OneShot('obd', 0.75, allocation='global')})
+  recovery = {**PLAIN, 'init.arm': 'random', 'transforms': (Prune(0.75, ticket='random', start=1.0, end=1.0),)}
+  arms['recovered'] = override(dense, {**recovery, 'train.steps': 20})
+  for name, config in arms.items():
+    assert train.run(override(config, {'name': name}), folder, name) == EXIT_DONE
+  return folder
+
+
+def test_no_steps_evaluate_what_an_arm_starts_from(workdir):
+  assert loss(workdir, 'same') == pytest.approx(loss(workdir, 'dense'), rel=1e-6)
+  summary = json.loads((workdir / 'arms' / 'same' / 'run.json').read_text())['summary']
+  assert summary['steps'] == summary['tokens'] == summary['flops'] == 0
+
+
+@pytest.mark.parametrize('criterion', CRITERIA)
+def test_each_matrix_has_the_sparsity_that_was_asked_for(workdir, criterion):
+  for name, found in sparsities(workdir, criterion).items():
+    np.testing.assert_allclose(found, 0.75, atol=2e-3, err_msg=name)
+
+
+def test_random_is_the_worst_and_an_update_of_what_is_kept_pays(workdir):
+  losses = {criterion: loss(workdir, criterion) for criterion in CRITERIA}
+  assert max(losses, key=losses.__getitem__) == 'random'
+  assert losses['sparsegpt'] < losses['magnitude']
+
+
+def test_a_global_budget_is_shared_out_and_n_of_m_is_exact(workdir):
+  shares = np.concatenate(list(sparsities(workdir, 'global').values()))
+  assert shares.std() > 0.01
+  assert all((found == 0.5).all() for found in sparsities(workdir, '2:4').values())
+
+
+def test_recovery_keeps_the_zeros_and_regains_most(workdir):
+  for name, found in sparsities(workdir, 'recovered').items():
+    np.testing.assert_array_equal(found, sparsities(workdir, 'random')[name])
+  before, after, dense = (loss(workdir, arm) for arm in ('random', 'recovered', 'dense'))
+  assert after - dense < 0.5 * (before - dense)
+
+
+def test_a_report_can_be_made_of_arms_without_steps(workdir):
+  assert 'sparsegpt' in report.publish(workdir, everything=True)
+
+
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    ({'init.sparse': OneShot('magnitude')}, "init.arm='': name the trained arm that .*init.sparse is to prune"),
+    ({'init.arm': 'x', 'init.sparse': OneShot('obd', 1.0)}, r'sparsity=1.0: must lie in \[0, 1\)'),
+    ({'init.arm': 'x', 'init.sparse': OneShot('obd', 0.6, '2:4')}, 'sparsity=0.6: must be 0.5 with pattern=2:4'),
+    ({'init.arm': 'x', 'init.sparse': OneShot('sparsegpt', 0.5, 'output')}, 'pattern=output.*: sparsegpt chooses'),
+    ({'init.arm': 'x', 'init.sparse': OneShot('obd', 0.5, '3:6')}, '3:6.*'),
+    ({'init.arm': 'x', 'init.sparse': OneShot('obd', 0.99999)}, 'sparsity=0.99999'),
+    ({'init.sequences': 0}, 'init.sequences=0: must be positive'),
+    ({'train.steps': -1}, 'train.steps=-1: must not be negative'),
+  ],
+)
+def test_what_cannot_be_is_one_line(changes, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    check(override(tiny.config(4), changes), 'config')
+  assert '\n' not in str(error.value)
