@@ -57,10 +57,11 @@ class Context(NamedTuple):
 class Update(NamedTuple):
   """What `after` hooks are told about the step that was just taken."""
 
-  grads: Params
+  grads: Params  # of the objective, before any `gradients` hook
   terms: Terms
   batch: Batch
   context: Context
+  before: Params  # as they were before the step
 
 
 LossFn = Callable[[Params, jax.Array, Batch, Context], Terms]  # (viewed params, hidden_BTD, batch, context)
@@ -80,6 +81,7 @@ class Transform(NamedTuple):
   view:       (slot, params, context) -> params         what the forward pass sees: masked, quantised, LoRA-merged
   token_loss: (slot, token_loss_fn) -> token_loss_fn    terms made of a chunk's logits; all share one pass over the head
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
+  gradients:  (slot, grads, context) -> grads           what the optimiser sees of them
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
   final:      (slot, params) -> params                  what evaluation and export see
   judge:      (slot, params, batch, context) -> Terms   more that a finished model is measured by, on held-out text;
@@ -95,6 +97,7 @@ class Transform(NamedTuple):
   view: Callable[[Slot, Params, Context], Params] = lambda slot, params, context: params
   token_loss: Callable[[Slot, TokenLossFn], TokenLossFn] = lambda slot, fn: fn
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
+  gradients: Callable[[Slot, Params, Context], Params] = lambda slot, grads, context: grads
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
   judge: Callable[[Slot, Params, Batch, Context], Terms] = lambda slot, params, batch, context: {}
@@ -188,6 +191,11 @@ def chain(*transforms: Transform) -> Transform:
       fn = p.loss(slots[p.name], fn)
     return fn
 
+  def gradients(slots, grads, context):
+    for p in parts:
+      grads = p.gradients(slots[p.name], grads, context)
+    return grads
+
   def after(slots, state, update):
     slots = dict(slots)
     for p in parts:
@@ -209,7 +217,7 @@ def chain(*transforms: Transform) -> Transform:
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
   wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
-  hooks = (init, extra, data, view, token_loss, loss, after, final, judge, witnesses)
+  hooks = (init, extra, data, view, token_loss, loss, gradients, after, final, judge, witnesses)
   return Transform('chain', hparams, *hooks, flops, wants, parts)
 
 
@@ -266,13 +274,14 @@ def make_step(
     terms, grads = losses.gradient(
       lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate
     )
-    updates, opt_state = optimizer.make(state.hparams).update(grads, state.opt_state, state.params)
+    used = transform.gradients(state.slots, grads, context)
+    updates, opt_state = optimizer.make(state.hparams).update(used, state.opt_state, state.params)
     taken = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    slots, taken = transform.after(state.slots, taken, Update(grads, terms, batch, context))
+    slots, taken = transform.after(state.slots, taken, Update(grads, terms, batch, context, state.params))
     metrics = losses.means(terms) | {
       'total': losses.objective(terms),
       'tokens': tokens,
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': optax.tree.norm(used),
       'learning_rate': optimizer.rate(state.hparams, state.step),
     }
     return taken._replace(slots=slots), metrics

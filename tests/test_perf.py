@@ -13,7 +13,7 @@ from slm_jax.experiment import Config, TrainConfig
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.flops import flops_per_token
 from slm_jax.perf import matmul_flops
-from slm_jax.prune.magnitude import Prune
+from slm_jax.prune.transform import Prune
 from slm_jax.train import hardware_flops
 
 

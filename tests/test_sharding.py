@@ -12,7 +12,7 @@ from slm_jax.ema import ema
 from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig, optimizer
-from slm_jax.prune.magnitude import prune
+from slm_jax.prune.transform import Rules, prune
 from slm_jax.step import chain, init_state, make_step
 
 CONFIG = ModelConfig(
@@ -34,7 +34,7 @@ def batch(step):
 
 def losses(mesh, steps=8, **options):
   optim = optimizer(OptimConfig(learning_rate=1e-2, warmup=2), steps)
-  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 'global', 2, 6, 2), ema(0.9))
+  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 2, 6, 2, Rules(allocation='global')), ema(0.9))
   axes = decoder.logical_axes(CONFIG)
 
   def fresh():
@@ -77,7 +77,7 @@ def test_moments_masks_and_averages_lie_like_their_parameters():
   assert up.spec == PartitionSpec(None, 'fsdp', 'tensor')
   moments = [s for s in jax.tree.leaves(state.opt_state) if s.shape == state.params['layers']['up'].shape]
   places = [m.sharding for m in moments]
-  places += [state.slots[name]['layers']['up'].sharding for name in ('prune', 'ema')]
+  places += [tree['layers']['up'].sharding for tree in (state.slots['prune'].masks, state.slots['ema'])]
   assert len(places) >= 4
   assert all(place.is_equivalent_to(up, 3) for place in places)
 

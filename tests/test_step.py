@@ -12,7 +12,8 @@ from slm_jax.distill.logits import distill
 from slm_jax.ema import ema
 from slm_jax.losses import Term
 from slm_jax.optim import OptimConfig, optimizer
-from slm_jax.prune.magnitude import cubic, prunable, prune
+from slm_jax.prune.schedules import sparsity_at
+from slm_jax.prune.transform import Rules, prune
 from slm_jax.step import Transform, chain, init_state, make_step
 
 MODEL, TEACHER = toy_model(), toy_model(width=16)
@@ -86,7 +87,7 @@ def test_identity_transforms_leave_the_program_alone():
 
 
 def test_chain_is_associative():
-  a, b, c = ema(0.9), distill(TEACHER, 0.5, 2.0), prune(0.5, 'layer', 1, 4, 1)
+  a, b, c = ema(0.9), distill(TEACHER, 0.5, 2.0), prune(0.5, 1, 4, 1)
   left, right, flat = chain(chain(a, b), c), chain(a, chain(b, c)), chain(a, b, c)
   assert [p.name for p in left.parts] == [p.name for p in right.parts] == ['ema', 'distill', 'prune']
   assert lowered(left) == lowered(right) == lowered(flat)
@@ -151,7 +152,7 @@ def test_frozen_is_not_in_the_state_and_slots_are():
 
 
 def test_changing_a_traced_number_does_not_recompile():
-  transform = chain(distill(TEACHER, 0.5, 1.0), prune(0.5, 'global', 1, 4, 1), ema(0.9))
+  transform = chain(distill(TEACHER, 0.5, 1.0), prune(0.5, 1, 4, 1, Rules(allocation='global')), ema(0.9))
   step = jax.jit(make_step(MODEL, OPTIM, transform))
   state = start(transform)
   for scale in (1.0, 0.5):
@@ -163,7 +164,7 @@ def test_changing_a_traced_number_does_not_recompile():
 
 def test_a_vmapped_population_equals_its_arms_run_alone():
   """Learning rate, KD weight and sparsity differ; the step counter is not mapped, the teacher and the batch shared."""
-  transform = chain(distill(TEACHER, 0.5, 1.0), prune(0.5, 'layer', 2, 8, 2))
+  transform = chain(distill(TEACHER, 0.5, 1.0), prune(0.5, 2, 8, 2))
   step = make_step(MODEL, OPTIM, transform)
   changes = [
     {'optim.learning_rate': 0.01 * (i + 1), 'distill.weight': 0.2 * i, 'prune.sparsity': 0.1 + 0.2 * i}
@@ -271,48 +272,41 @@ def test_t_squared_keeps_the_gradient_at_high_temperature():
   assert norm(8.0) / norm(4.0) == pytest.approx(1.0, rel=0.1)
 
 
-@pytest.mark.parametrize('scope', ['global', 'layer'])
-def test_pruning_hits_the_target_exactly_and_weights_stay_zero(scope):
-  transform = chain(prune(0.7, scope, 5, 30, 5))
+@pytest.mark.parametrize('allocation', ['global', 'uniform'])
+def test_pruning_hits_the_target_exactly_and_weights_stay_zero(allocation):
+  transform = chain(prune(0.7, 5, 30, 5, Rules(allocation=allocation)))
   state, metrics = run(transform, 60)
-  masks, params = state.slots['prune'], state.params
-  assert all(m.all() for m, p in zip(jax.tree.leaves(masks), jax.tree.leaves(prunable(masks)), strict=True) if not p)
+  masks, params = state.slots['prune'].masks, state.params
+  assert all(m.all() for name in ('embed', 'head') for m in jax.tree.leaves(masks[name]))
   up = params['layers']['up']
   pruned = np.asarray(up == 0)
   assert pruned.sum() == round(0.7 * up.size)
-  if scope == 'layer':
+  if allocation == 'uniform':
     assert [layer.sum() for layer in pruned] == [round(0.7 * up[0].size)] * 2
   np.testing.assert_array_equal(pruned, ~np.asarray(masks['layers']['up']))
   assert metrics['density'] == pytest.approx(1 - pruned.mean())
 
 
 def test_masks_are_nested_and_follow_the_cubic():
-  transform = chain(prune(0.8, 'global', 4, 24, 4))
+  transform = chain(prune(0.8, 4, 24, 4, Rules(allocation='global')))
   step = jax.jit(make_step(MODEL, OPTIM, transform))
   state, before = start(transform), None
   for i in range(30):
     state, _ = step(state, toy_batch(i), {})
-    mask = np.asarray(state.slots['prune']['layers']['up'])
+    mask = np.asarray(state.slots['prune'].masks['layers']['up'])
     assert before is None or (mask <= before).all()
     if (i + 1 - 4) % 4 == 0 and 4 <= i + 1 <= 24:
-      target = float(cubic(jnp.int32(i + 1), 4, 24, jnp.float32(0.8)))
+      target = float(sparsity_at('cubic', jnp.int32(i + 1), 4, 24, jnp.float32(0.8)))
       assert mask.sum() == round((1 - target) * mask.size)
     before = mask
 
 
-def test_cubic_ends():
-  assert cubic(jnp.int32(3), 4, 24, jnp.float32(0.8)) == 0
-  assert (
-    cubic(jnp.int32(24), 4, 24, jnp.float32(0.8)) == cubic(jnp.int32(99), 4, 24, jnp.float32(0.8)) == jnp.float32(0.8)
-  )
-
-
 def test_sparsity_zero_is_plain_training():
-  close(run(chain(prune(0.0, 'layer', 1, 4, 1)), 10)[0].params, run(chain(), 10)[0].params, 1e-6)
+  close(run(chain(prune(0.0, 1, 4, 1)), 10)[0].params, run(chain(), 10)[0].params, 1e-6)
 
 
 def test_two_transforms_chained_work_together():
-  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 'layer', 2, 10, 2), ema(0.9))
+  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 2, 10, 2), ema(0.9))
   state, metrics = run(transform, 40)
   assert (state.params['layers']['up'] == 0).sum() == state.params['layers']['up'].size // 2
   assert {'loss', 'distill', 'distill_kl', 'density', 'total'} <= set(metrics)

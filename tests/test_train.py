@@ -21,7 +21,7 @@ from slm_jax.experiment import InitConfig
 from slm_jax.model import decoder
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED
-from slm_jax.prune.magnitude import Prune
+from slm_jax.prune.transform import Prune
 
 SHAKESPEARE = Path(__file__).parents[1] / '../shared/data/tinyshakespeare.txt'
 
@@ -44,7 +44,10 @@ def family(tmp_path_factory):
     'teacher': teacher,
     'distilled': small(name='distilled', model=smaller, transforms=(Distill('teacher', weight=0.5, temperature=2.0),)),
     'cut': small(name='cut', model=smaller, transforms=(), init=InitConfig('teacher')),
-    'both': small(name='both', transforms=(Distill('teacher', weight=0.5), Prune(0.5, 'global', every=2), Ema(0.5))),
+    'both': small(
+      name='both',
+      transforms=(Distill('teacher', weight=0.5), Prune(0.5, allocation='global', every=2), Ema(0.5)),
+    ),
   }
   for name, config in arms.items():
     assert train.run(config, workdir, name) == EXIT_DONE

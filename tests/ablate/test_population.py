@@ -18,7 +18,7 @@ from slm_jax.distill.logits import Distill, distill
 from slm_jax.ema import Ema, ema
 from slm_jax.experiment import Config
 from slm_jax.optim import OptimConfig, optimizer
-from slm_jax.prune.magnitude import Prune, prune
+from slm_jax.prune.transform import Prune, prune
 from slm_jax.step import Resources, chain, init_state, make_step
 
 STEPS = 50
@@ -255,7 +255,7 @@ def test_arms_that_are_not_equally_far_go_on_apart(tmp_path):
 def distilling(layers: int = 3):
   """A student and a step that shares a teacher, with a mask refresh under a cond."""
   student, teacher = toy_model(width=8), toy_model(width=20, layers=layers)
-  transform = chain(distill(teacher, 0.5, 1.0), prune(0.5, 'layer', 2, 8, 2))
+  transform = chain(distill(teacher, 0.5, 1.0), prune(0.5, 2, 8, 2))
   optim = optimizer(OptimConfig(warmup=1), 10)
   step = make_step(student, optim, transform)
   states = [init_state(k, student.init(k), optim, transform) for k in jax.random.split(jax.random.PRNGKey(0), 4)]

@@ -36,7 +36,7 @@ from slm_jax.model import decoder
 from slm_jax.model.api import Feature
 from slm_jax.model.attention import attention, document_starts
 from slm_jax.perf import matmul_flops
-from slm_jax.prune.magnitude import prune
+from slm_jax.prune.transform import Rules, prune
 from slm_jax.step import Resources, chain, make_step
 
 # ------------------------------------------------------------------------------------------- what a model hands out
@@ -233,7 +233,7 @@ def test_a_pair_is_a_layer_of_each_and_pairs_are_summed():
 
 
 def test_projections_are_dropped_and_are_not_pruned():
-  transform = chain(hidden_states(), prune(0.5, 'global', 1, 2, 1), ema(0.5))
+  transform = chain(hidden_states(), prune(0.5, 1, 2, 1, Rules(allocation='global')), ema(0.5))
   state, _ = run(transform, 3)
   assert all(w.shape == (8, 12) and (w != 0).all() for w in state.params['features'].values())
   final = transform.final(state.slots, state.params)
