@@ -1,0 +1,100 @@
+"""How much can be set to zero at once, and by which criterion? No retraining; three dense models.
+
+115K parameters on stories, 1,200 steps. Of the layers' matrices 50, 70 or 90 % is set to zero, or two of every four
+inputs; then the loss on held-out text is taken. dL is its distance from the dense model's. Calibration: 128 sequences
+of training text. OBD goes by the Fisher information of labels that the model draws.
+
+Expected, written before the run (ratios of dL, every seed in the mean of three; the thresholds are those of
+../shared/reference/pruning.md, section 5, where they were seen in a preliminary measurement on bytes):
+
+    OBD global < 0.6 of magnitude global, at 50 and 70 %      Optimal Brain Damage (LeCun 1989)
+    SparseGPT < 0.65 of magnitude, at 50 and 70 %             SparseGPT (arXiv 2301.00774)
+    SparseGPT < 0.5 of magnitude, 2:4
+    OBD global < 0.8 of OBD by layer, at 70 and 90 %          OWL (arXiv 2310.05175): layers are not alike
+    50 % without a pattern < 2:4, for magnitude and SparseGPT
+    each < random, at 50 %
+
+Wanda against magnitude is reported and not expected: below 100M parameters the order is not safe.
+
+    python -m experiments.one_shot
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import launch
+from experiments.distilling import Values, claim, student, values
+from slm_jax.ablate import stats
+from slm_jax.ablate.results import Row
+from slm_jax.experiment import Config
+from slm_jax.prune.sparse import OneShot
+
+SEEDS = 3
+WAYS: dict[str, dict[str, str]] = {
+  'random': {'criterion': 'random'},
+  'magnitude': {'criterion': 'magnitude'},
+  'magnitude global': {'criterion': 'magnitude', 'allocation': 'global'},
+  'wanda': {'criterion': 'wanda', 'pattern': 'output'},
+  'obd': {'criterion': 'obd'},
+  'obd global': {'criterion': 'obd', 'allocation': 'global'},
+  'sparsegpt': {'criterion': 'sparsegpt'},
+}
+SHARES = (0.5, 0.7, 0.9)
+OF_FOUR = ('magnitude', 'wanda', 'sparsegpt')
+BASELINE = 'dense'
+
+
+def config() -> Config:
+  return student(1200)
+
+
+def sweep(base: Config) -> Iterator[dict[str, Any]]:
+  """Zero-step arms: each is evaluated as it starts."""
+  for seed in range(SEEDS):
+    seeds = {'seed': seed, 'data.seed': seed}
+    yield {'name': 'dense' if seed == 0 else f'dense {seed}', **seeds}
+    start = {'init.arm': 'dense' if seed == 0 else f'dense {seed}', 'train.steps': 0, **seeds}
+    for way, settings in WAYS.items():
+      for share in SHARES:
+        yield {'name': f'{way} {share:.0%}', 'init.sparse': OneShot(**{**settings, 'sparsity': share}), **start}  # type: ignore[arg-type]
+    for way in OF_FOUR:
+      spec = OneShot(criterion=WAYS[way]['criterion'], sparsity=0.5, pattern='2:4')  # type: ignore[arg-type]
+      yield {'name': f'{way} 2:4', 'init.sparse': spec, **start}
+
+
+def report(rows: Sequence[Row]) -> str:
+  """Increases of the loss by seed of the dense model, and what became of the expectation."""
+  losses = values(rows)
+  dense = {key: loss for name, of in losses.items() if name.startswith('dense') for key, loss in of.items()}
+  rise: Values = {
+    name: {key: loss - dense[key] for key, loss in of.items() if key in dense}
+    for name, of in losses.items()
+    if not name.startswith('dense')
+  }
+  heads = [*(f'{share:.0%}' for share in SHARES), '2:4']
+  lines = [f'    {"dL (nats)":<20}' + ''.join(head.ljust(20) for head in heads)]
+  for way in WAYS:
+    cells = [stats.interval(rise.get(f'{way} {head}', {}).values()) for head in heads]
+    lines.append(f'    {way:<20}' + ''.join((stats.digits(c.mean, c.half) if c.n else '–').ljust(20) for c in cells))
+  for a, b, ratio, where in (
+    ('obd global', 'magnitude global', 0.6, heads[:2]),
+    ('sparsegpt', 'magnitude', 0.65, heads[:2]),
+    ('sparsegpt', 'magnitude', 0.5, heads[3:]),
+    ('obd global', 'obd', 0.8, heads[1:3]),
+  ):
+    for head in where:
+      ours, theirs = rise.get(f'{a} {head}', {}), rise.get(f'{b} {head}', {})
+      lines.append(claim(f'dL at {head}: {a} < {ratio:g} of {b}', ours, scaled(theirs, ratio)))
+  for way in ('magnitude', 'sparsegpt'):
+    lines.append(claim(f'dL of {way}: 50% < 2:4', rise.get(f'{way} 50%', {}), rise.get(f'{way} 2:4', {})))
+  for way in list(WAYS)[1:]:
+    lines.append(claim(f'dL at 50%: {way} < random', rise.get(f'{way} 50%', {}), rise.get('random 50%', {})))
+  return '\n'.join(lines)
+
+
+def scaled(of: Mapping[Any, float], by: float) -> dict[Any, float]:
+  return {key: by * value for key, value in of.items()}
+
+
+if __name__ == '__main__':
+  launch.main()
