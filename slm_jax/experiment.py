@@ -52,6 +52,7 @@ class InitConfig:
   arm: str = setting('', arm=True)
   # What stays of a larger one (slm_jax/prune/choose.py): by its weights, by activations on training text, or at random.
   by: Literal['magnitude', 'activations', 'random'] = 'magnitude'
+  layers: tuple[int, ...] = ()  # that stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart
   sparse: OneShot = OneShot()
   sequences: int = 128  # of calibration text, at least: for activations, and for what `sparse` goes by
 

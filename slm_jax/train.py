@@ -197,7 +197,7 @@ def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
     source, params = of_tokens(source, params, kept, config.model.vocab_size)
   batches = functools.partial(dataset.calibration, config.init.sequences)
   scores = scored(config.init.by, decoder.build(source), params, batches(), config.seed)
-  params = fit(params, source, config.model, scores)
+  params = fit(params, source, config.model, scores, config.init.layers)
   return sparse(config.init.sparse, decoder.build(config.model), params, batches(), config.seed)
 
 

@@ -6,7 +6,7 @@ Scores come without data (`by_magnitude`, `at_random`) or from statistics of cal
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -100,8 +100,8 @@ def scored(by: By, model: Model, params: Params, batches: Iterable[Any], seed: i
   return by_magnitude(model.config, params) if by == 'magnitude' else at_random(model.config, seed)
 
 
-def choose(source: ModelConfig, target: ModelConfig, scores: Scores) -> Kept:
-  """The units with the highest scores, as many as the target has; of equal ones the first.
+def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Kept:
+  """The units with the highest scores, as many as the target has; of equal ones the first. layers: those that stay.
 
   ConfigError if the models differ in anything else, or if the target is larger.
   """
@@ -133,6 +133,10 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores) -> Kept:
     'width': scores.width,
   }
   kept = {unit: best(x, size(target, unit)) for unit, x in by_unit.items() if size(target, unit) < size(source, unit)}
+  if layers:
+    n = target.n_layers
+    require(len(layers) == n, f'init.layers={tuple(layers)}: model.n_layers={n} of them are needed')
+    kept['layers'] = np.array(layers)
   return Kept(**kept)
 
 
@@ -153,9 +157,11 @@ def best(scores: np.ndarray, n: int) -> np.ndarray:
   return np.sort(np.argsort(-scores, axis=-1, kind='stable')[..., :n], axis=-1)
 
 
-def fit(params: Params, source: ModelConfig, target: ModelConfig, scores: Scores) -> Params:
-  """Parameters of `source`, cut to the shape of `target`."""
-  _, params = cut(source, params, choose(source, target, scores))
+def fit(
+  params: Params, source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()
+) -> Params:
+  """Parameters of `source`, cut to the shape of `target`; see `choose`."""
+  _, params = cut(source, params, choose(source, target, scores, layers))
   if 'positions' in params['embed']:
     params = {**params, 'embed': {**params['embed'], 'positions': params['embed']['positions'][: target.max_len]}}
   return params

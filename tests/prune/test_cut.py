@@ -235,6 +235,15 @@ def test_layers_stay_evenly_spread_unless_they_are_scored():
   assert choose(LLAMA, dataclasses.replace(LLAMA, n_layers=2), scored).layers.tolist() == [0, 2]
 
 
+def test_layers_may_be_named():
+  target = dataclasses.replace(LLAMA, n_layers=2)
+  assert choose(LLAMA, target, at_random(LLAMA, 0), (1, 2)).layers.tolist() == [1, 2]
+  with pytest.raises(ConfigError, match=r'init.layers=\(1,\): model.n_layers=2 of them are needed'):
+    choose(LLAMA, target, at_random(LLAMA, 0), (1,))
+  with pytest.raises(ConfigError, match='kept.layers: indices must increase and lie in 0..3'):
+    cut(LLAMA, noisy(LLAMA), choose(LLAMA, target, at_random(LLAMA, 0), (1, 4)))
+
+
 def test_of_equal_scores_the_first_stays():
   assert best(np.array([[1.0, 2.0, 1.0, 1.0], [3.0, 3.0, 3.0, 4.0]]), 2).tolist() == [[0, 1], [0, 3]]
 
