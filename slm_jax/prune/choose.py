@@ -157,9 +157,7 @@ def best(scores: np.ndarray, n: int) -> np.ndarray:
   return np.sort(np.argsort(-scores, axis=-1, kind='stable')[..., :n], axis=-1)
 
 
-def fit(
-  params: Params, source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()
-) -> Params:
+def fit(params: Params, source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Params:
   """Parameters of `source`, cut to the shape of `target`; see `choose`."""
   _, params = cut(source, params, choose(source, target, scores, layers))
   if 'positions' in params['embed']:
