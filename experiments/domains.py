@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import claim, student, values
+from experiments.distilling import Values, claim, merged, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.config import override, require
@@ -71,9 +71,9 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-  losses = {}
-  for name, of in values(rows).items():
-    losses.setdefault(name.split(' (')[0], {}).update(of)
+  losses: Values = {}
+  for name, of in merged(values(rows)).items():
+    losses.setdefault(name.partition(' (')[0], {}).update(of)
   lines = ['    ' + 'loss (nats a byte)'.ljust(24) + 'on A'.ljust(20) + 'on B'.ljust(20)]
   for what in ('dense', *(f'{way} by {by}' for way in WAYS for by in 'AB')):
     cells = [stats.interval(losses.get(f'{what}, on {on}', {}).values()) for on in 'AB']

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import Values, claim, student, values
+from experiments.distilling import Values, claim, merged, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.experiment import Config
@@ -64,7 +64,7 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
 
 def report(rows: Sequence[Row]) -> str:
   """Increases of the loss by seed of the dense model, and what became of the expectation."""
-  losses = values(rows)
+  losses = merged(values(rows))
   dense = {key: loss for name, of in losses.items() if name.startswith('dense') for key, loss in of.items()}
   rise: Values = {
     name: {key: loss - dense[key] for key, loss in of.items() if key in dense}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import claim, student, values
+from experiments.distilling import claim, merged, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.config import override
@@ -42,7 +42,7 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-  losses = values(rows)
+  losses = merged(values(rows))
   dense = {key: loss for name, of in losses.items() if name.startswith('dense') for key, loss in of.items()}
   names = [f'without {i}' for i in range(LAYERS)]
   lines = []

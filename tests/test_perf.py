@@ -43,7 +43,7 @@ def step_flops(**changes):
   base = Config(model=model)
   data = dataclasses.replace(base.data, seq_len=32, batch_size=4, tokenizer='sentencepiece')
   config = dataclasses.replace(base, data=data, **changes)
-  teacher = {'teacher': type('Arm', (), {'config': base})}
+  teacher = {'teacher': type('Arm', (), {'config': dataclasses.replace(base, data=data)})}
   job = measure.stand_in(config, teacher, None, allocate=False)
   return hardware_flops(job), job.flops * 4 * 32
 

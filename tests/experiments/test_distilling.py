@@ -69,13 +69,14 @@ def test_sparse_targets():
 
 
 def test_divergences():
-  others = {name: {'loss': 1.1, 'entropy': 0.9, 'rollout_kl': 0.1} for name in divergences.DIVERGENCES}
-  right = {**others, 'kl': {'loss': 1.0, 'entropy': 1.0, 'rollout_kl': 0.2}}
-  assert set(verdicts(divergences, right)) == {'REPRODUCED'}
-  assert verdicts(divergences, {**right, 'kl': {'loss': 1.2, 'entropy': 0.8, 'rollout_kl': 0.2}})[-2:] == [
-    'NOT REPRODUCED',
-    'REPRODUCED',
-  ]
+  """Twice: from random parameters, and from a student that saw the data."""
+  names = [f'{name}{start}' for start in ('', ', warm') for name in divergences.DIVERGENCES]
+  others = {name: {'loss': 1.1, 'entropy': 0.9, 'rollout_kl': 0.1} for name in names}
+  best = {'loss': 1.0, 'entropy': 1.0, 'rollout_kl': 0.2}
+  right = {**others, 'kl': best, 'kl, warm': best}
+  assert verdicts(divergences, right) == ['REPRODUCED'] * 18
+  found = verdicts(divergences, {**right, 'kl, warm': {'loss': 1.2, 'entropy': 0.8, 'rollout_kl': 0.2}})
+  assert found == ['REPRODUCED'] * 9 + ['NOT REPRODUCED'] * 8 + ['REPRODUCED']
 
 
 def test_few_stories():

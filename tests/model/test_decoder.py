@@ -255,6 +255,7 @@ PERTURBED = {  # field: (its other value, what else must hold for it to matter)
   'max_len': (32, GPT2),
   'norm': ('layer', {}),
   'norm_eps': (1e-3, {}),
+  'qk_norm_eps': (1e-3, {'qk_norm': True}),
   'norm_offset': (1.0, {}),
   'post_norms': (True, {}),
   'qk_norm': (True, {}),

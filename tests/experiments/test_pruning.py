@@ -1,0 +1,88 @@
+"""The questions about pruning: they expand, and their verdicts follow the numbers and can come out either way."""
+
+import re
+
+import numpy as np
+import pytest
+from fakes import arms_of, summary
+
+from experiments import domains, one_shot, sparse_or_small, which_layers
+from slm_jax.ablate.results import Row
+from slm_jax.config import flatten
+from slm_jax.model.flops import flops_per_token, parameter_count
+
+QUESTIONS = (one_shot, sparse_or_small, which_layers, domains)
+
+
+def verdicts(module, loss):
+  """loss: a function of an arm's name."""
+  rows = []
+  for i, arm in enumerate(arms_of(module)):
+    value = loss(arm.name.partition(' arm=')[0]) + 1e-5 * np.random.default_rng(i).normal()
+    rows.append(Row(arm.arm_id, arm.name, arm.group, 'done', flatten(arm.config), summary(value, ece=0.01), {}))
+  lines = [line for line in module.report(rows).splitlines() if line.startswith('- ')]
+  return [re.search(r'(NOT REPRODUCED|REPRODUCED|CANNOT TELL)$', line).group(1) for line in lines]
+
+
+@pytest.mark.parametrize('module', QUESTIONS)
+def test_arms_of_a_question_expand_with_their_parents_before_them(module):
+  arms = arms_of(module)
+  ids = [arm.arm_id for arm in arms]
+  assert all(ids.index(parent) < i for i, arm in enumerate(arms) for parent in arm.parents.values())
+  assert {arm.config.train.steps > 0 for arm in arms if arm.name.startswith(('dense', 'small'))} >= {True}
+  assert all(arm.config.init.arm for arm in arms if arm.config.train.steps == 0)
+  assert module.BASELINE in {arm.name for arm in arms}
+
+
+def test_one_shot():
+  rise = {'random': 2.0, 'magnitude': 0.5, 'magnitude global': 0.6, 'wanda': 0.5, 'obd': 0.4, 'obd global': 0.2}
+  rise |= {'sparsegpt': 0.2}
+
+  def right(name):
+    if name.startswith('dense'):
+      return 1.0
+    way, _, share = name.rpartition(' ')
+    return 1.0 + rise[way] * {'50%': 1, '70%': 2, '90%': 4, '2:4': 2}[share]
+
+  assert verdicts(one_shot, right) == ['REPRODUCED'] * 15
+  rise.update({'obd global': 0.5, 'sparsegpt': 0.4, 'obd': 0.5, 'wanda': 3.0})
+  found = verdicts(one_shot, right)
+  assert found[:7] == ['NOT REPRODUCED'] * 7
+  assert found.count('NOT REPRODUCED') == 8
+
+
+def test_sparse_or_small():
+  right = {'small': 1.0, 'small, equal FLOPs': 0.8, 'large sparse': 0.85, 'large, random mask': 1.1, 'large dense': 0.7}
+  assert verdicts(sparse_or_small, right.__getitem__) == ['REPRODUCED'] * 4
+  wrong = {**right, 'large sparse': 1.2, 'small, equal FLOPs': 1.3, 'large dense': 1.3}
+  assert verdicts(sparse_or_small, wrong.__getitem__) == ['NOT REPRODUCED'] * 4
+
+
+def test_sparse_and_small_have_as_many_weights_that_are_not_zero():
+  arms = {arm.name: arm.config for arm in arms_of(sparse_or_small)}
+  large, small = arms['large sparse'].model, arms['small'].model
+  matrices = parameter_count(large, embeddings=False) - (2 * large.n_layers + 1) * large.d_model
+  matrices -= 2 * large.n_layers * large.head_dim  # norms of queries and keys
+  left = parameter_count(large) - sparse_or_small.SPARSITY * matrices
+  assert left == pytest.approx(parameter_count(small), rel=5e-3)
+  flops = [
+    arms[name].train.steps * flops_per_token(arms[name].model, arms[name].data.seq_len)
+    for name in ('small, equal FLOPs', 'large sparse')
+  ]
+  assert flops[0] == pytest.approx(flops[1], rel=5e-3)
+
+
+def test_which_layers():
+  right = {'without 0': 4.0, 'influence': 1.1, **{f'without {i}': 1.0 + 0.1 * i for i in range(1, 6)}}
+  assert verdicts(which_layers, lambda name: right.get(name, 0.9)) == ['REPRODUCED'] * 3
+  wrong = {**right, 'influence': right['without 5'], 'without 0': 1.05}
+  assert verdicts(which_layers, lambda name: wrong.get(name, 0.9)) == ['NOT REPRODUCED'] * 3
+
+
+def test_domains():
+  def loss(name, own=-0.1):
+    way, _, on = name.split(' (')[0].partition(', on ')
+    return 1.0 + (own if way.endswith(f'by {on}') else 0.0)
+
+  assert verdicts(domains, loss) == ['REPRODUCED'] * 4
+  assert verdicts(domains, lambda name: loss(name, 0.1)) == ['NOT REPRODUCED'] * 4
