@@ -183,6 +183,8 @@ def _another(config: Config, key: str, value: Any) -> Any:
     'jsd',
     'logits',
     'top_k',
+    'random',
+    'global',
     'other',
   ):
     try:
