@@ -24,6 +24,8 @@ from slm_jax.files import disk_errors, write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
+from slm_jax.prune import zeros
+from slm_jax.prune.matrices import matrices
 
 FORMAT = 1
 
@@ -115,14 +117,22 @@ def saved(folder: Path) -> list[int]:
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokenizer) -> None:
-  """A finished model: parameters, its tokenizer, and model.json, from which alone it can be built again."""
+  """A finished model: parameters, its tokenizer, and model.json, from which alone it can be built again.
+
+  model.json says of sparse matrices how dense they are, and which n of every m inputs are left where it is so.
+  """
   with disk_errors(folder), ocp.StandardCheckpointer() as writer:
     writer.save(folder.absolute() / 'params', params, force=True)
     writer.wait_until_finished()
-  record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params))}
+  sizes = {name: w.size for name, w in matrices(params).items()}
+  sparsity = zeros.record(jax.device_get(_zeros(params)), sizes)
+  record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params)), 'sparsity': sparsity}
   if distributed.is_main():
     (folder / 'tokenizer.model').write_bytes(tokens.serialize())
     write_json(folder / 'model.json', {**record, 'model': to_dict(config)})
+
+
+_zeros = jax.jit(zeros.count)
 
 
 def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, dict[str, Any]]:

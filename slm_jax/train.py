@@ -30,6 +30,7 @@ from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
+from slm_jax.prune import zeros
 from slm_jax.prune.choose import fit, of_tokens, scored
 from slm_jax.prune.sparse import sparse
 from slm_jax.record import Record
@@ -291,6 +292,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
     'flops': results['tokens'] * job.flops,
     'hardware_flops': config.train.steps * hardware_flops(job),
     'parameters': parameter_count(config.model),
+    **zeros.total(params),
     'steps': config.train.steps,
     **energy.bill(results, config.run.price),
   }

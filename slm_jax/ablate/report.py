@@ -16,6 +16,7 @@ from slm_jax.files import write_text
 # What it took: (title, metric of the summaries, how it is shown; '' as 1.23M). Columns without a number are left out.
 COSTS = (
   ('parameters', 'parameters', ''),
+  ('of them zero', 'zeros', ''),
   ('tokens', 'tokens', ''),
   ('FLOPs', 'flops', ''),
   ('FLOPs of its parents', 'parent_flops', ''),

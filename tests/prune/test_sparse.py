@@ -100,3 +100,17 @@ def test_what_cannot_be_is_one_line(changes, message):
   with pytest.raises(ConfigError, match=message) as error:
     check(override(tiny.config(4), changes), 'config')
   assert '\n' not in str(error.value)
+
+
+def test_what_is_zero_is_in_the_books_and_in_model_json(workdir):
+  def told(arm):
+    summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
+    return summary.get('zeros', 0), json.loads((workdir / 'arms' / arm / 'model' / 'model.json').read_text())['sparsity']
+
+  assert told('dense') == (0, {})
+  zeros, sparsity = told('2:4')
+  assert sparsity == {name: {'density': 0.5, 'pattern': '2:4'} for name in sparsities(workdir, '2:4')}
+  zeros_of, found = told('magnitude')
+  assert zeros_of == pytest.approx(1.5 * zeros, rel=2e-3)
+  assert {name: its['density'] for name, its in found.items()} == pytest.approx(dict.fromkeys(found, 0.25), abs=2e-3)
+  assert not any('pattern' in its for its in found.values())
