@@ -14,6 +14,10 @@ is far from p, the gradients of all but forward KL are weighted by q, which is s
 start from a student that was trained before. Hence a second half, whose arms ("warm") start from one that saw the data
 first, at a fifth of the learning rate. Expected of it, written before it was run: the same as above.
 
+Found, warm: all nine REPRODUCED. Forward KL has the lowest loss, 0.6485 +- 0.0053, ahead of TAID by 0.002, skew KL
+0.005, JSD 0.010, skew reverse KL 0.021, total variation 0.048, reverse KL 0.058 and MSE of logits 1.04; reverse KL
+has the lower entropy (-0.144 +- 0.003) and the lower KL(q || p) on its own rollouts (-0.120 +- 0.060).
+
     python -m experiments.divergences
 """
 

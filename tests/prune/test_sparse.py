@@ -105,7 +105,8 @@ def test_what_cannot_be_is_one_line(changes, message):
 def test_what_is_zero_is_in_the_books_and_in_model_json(workdir):
   def told(arm):
     summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
-    return summary.get('zeros', 0), json.loads((workdir / 'arms' / arm / 'model' / 'model.json').read_text())['sparsity']
+    model = json.loads((workdir / 'arms' / arm / 'model' / 'model.json').read_text())
+    return summary.get('zeros', 0), model['sparsity']
 
   assert told('dense') == (0, {})
   zeros, sparsity = told('2:4')
