@@ -7,6 +7,10 @@ the six in turn (brute force).
 Expected, written before the run: influence picks one of the two cheapest layers in every model, and costs no more than
 0.02 nats more than the cheapest; the first layer is the dearest.
 
+Found (2 CPU cores, three models): influence costs 0.147 +- 0.027 nats and picks the cheapest of the six layers in all
+three, REPRODUCED; it is the cheapest, so within 0.02, REPRODUCED; the first layer costs 4.04 +- 0.94, 3.5 +- 1.1 more
+than the dearest of the others, REPRODUCED. The others cost 0.56 (second), 0.17, 0.20, 0.24 and 0.29 (last).
+
     python -m experiments.which_layers
 """
 
