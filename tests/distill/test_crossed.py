@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import tiny
 from toy import toy_batch, toy_model
 
 from slm_jax import metrics, train
-from slm_jax.ablate import measure
+from slm_jax.ablate import measure, population
 from slm_jax.config import ConfigError, check, override
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
@@ -285,3 +286,23 @@ def test_a_vocabulary_of_the_same_size_is_another_one(family):
 def test_bad_settings(settings, message):
   with pytest.raises(ConfigError, match=message):
     check(CrossDistill(**{'teacher': 't', **settings}), 'x')
+
+
+@pytest.mark.usefixtures('one_fake_device')  # a population does not span devices
+@pytest.mark.parametrize('divergence', ['alm', 'uld'])
+def test_students_share_the_teacher_in_a_population(family, tmp_path, divergence):
+  workdir, _ = family
+  shutil.copytree(workdir / 'arms' / 'teacher', tmp_path / 'arms' / 'teacher')
+  base = override(pieces(), {'train.steps': 6, 'eval.every': 6, 'eval.samples': 0})
+  arms = {
+    f'{weight}': dataclasses.replace(
+      base, transforms=(CrossDistill('teacher', divergence=divergence, weight=weight, length=96),)
+    )
+    for weight in (0.2, 0.9)
+  }
+  assert population.run(arms, tmp_path) == dict.fromkeys(arms, 0)
+  assert train.run(arms['0.9'], tmp_path, 'alone') == EXIT_DONE
+  together, alone = summary_of(tmp_path, '0.9'), summary_of(tmp_path, 'alone')
+  assert together['loss'] == pytest.approx(alone['loss'], abs=1e-5)
+  assert together['chunk_kl'] == pytest.approx(alone['chunk_kl'], abs=1e-5)
+  assert summary_of(tmp_path, '0.2')['loss'] != together['loss']
