@@ -16,6 +16,8 @@ from slm_jax.ledger import NotFinite
 from slm_jax.metrics import FORMAT
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
+ROOM = '.room'  # a file that is given up for the last word: on a full disk there is no other room for it
+
 
 class Record:
   """The record of one run. Making it writes config.json and run.json, with the status 'running'.
@@ -30,6 +32,7 @@ class Record:
     if distributed.is_main():
       write_json(folder / 'config.json', to_dict(config))
       write_json(folder / 'run.json', {**self._known, 'status': 'running'})
+      write_text(folder / ROOM, ' ' * 2**15)
 
   def done(self, summary: Mapping[str, Any]) -> int:
     self._write('done', summary=summary)
@@ -57,6 +60,7 @@ class Record:
 
   def _write(self, status: str, **more: Any) -> None:
     if distributed.is_main():
+      (self._folder / ROOM).unlink(missing_ok=True)
       write_json(self._folder / 'run.json', {**self._known, 'status': status, 'ended': _now(), **more})
 
 
