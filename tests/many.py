@@ -3,10 +3,11 @@
 python tests/many.py --arm=ID --workdir=DIR --distributed=ADDRESS:PORT,COUNT,INDEX
 
 SABOTAGE in the environment: 'bug STEP' is a bug of the last process in that step, 'nan STEP' a NaN of all, and with
-'slow STEP' every step takes a while from then on.
+'slow STEP' every step takes a while from then on. SHARD: tokens of a part of a cache.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 import tiny  # noqa: E402
 
 from slm_jax import distributed  # noqa: E402
+from slm_jax.distill import capture  # noqa: E402
+from slm_jax.distill.cached import CachedDistill  # noqa: E402
 from slm_jax.distill.logits import Distill  # noqa: E402
 from slm_jax.experiment import Config  # noqa: E402
 
@@ -36,9 +39,10 @@ def config() -> Config:
 
 
 def sweep_pair():
-  """A model, and a smaller one that learns from it and starts from its cut parameters."""
+  """A model, a smaller one that learns from it and starts from its cut parameters, and one of what it once said."""
   yield {'name': 'teacher', 'eval.samples': 1}
   yield {'name': 'student', 'init.arm': 'teacher', 'model.n_layers': 1, 'transforms': (Distill('teacher', weight=0.5),)}
+  yield {'name': 'cached', 'transforms': (CachedDistill('teacher', weight=0.5, k=8, precision='float32'),)}
 
 
 def sabotage(kind: str, step: int) -> None:
@@ -72,4 +76,6 @@ if __name__ == '__main__':
   if 'SABOTAGE' in os.environ:
     kind, step = os.environ['SABOTAGE'].split()
     sabotage(kind, int(step))
+  if 'SHARD' in os.environ:
+    capture.build = functools.partial(capture.build, shard=int(os.environ['SHARD']))  # type: ignore[assignment]
   cli.main()

@@ -30,7 +30,7 @@ from slm_jax.distributed import Group
 
 TIMES = ('seconds', 'tokens_per_second', 'mfu')
 ARMS = {arm.name: arm for arm in expand(many, 'pair', {})}
-TEACHER, STUDENT = ARMS['teacher'].arm_id, ARMS['student'].arm_id
+TEACHER, STUDENT, CACHED = (ARMS[name].arm_id for name in ('teacher', 'student', 'cached'))
 
 
 # ------------------------------------------------------------------------------------------------- real processes
@@ -128,7 +128,7 @@ def forget(workdir: Path, step: int) -> Path:
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """Both arms, on the eight devices of one process."""
+  """All arms, on the eight devices of one process."""
   workdir = tmp_path_factory.mktemp('alone')
   for each in ARMS.values():
     config = dataclasses.replace(each.config, run=dataclasses.replace(each.config.run, keep=STEPS))
@@ -169,6 +169,21 @@ def test_a_teacher_and_a_parent_of_another_arm(alone, two, tmp_path):
   assert ends[0]['parent_flops'] > 0
   for name in ('teacher_loss', 'kl', 'reverse_kl', 'rollout_kl', 'teacher_ece'):  # of the finished student
     assert ends[0][name] == pytest.approx(ends[1][name], abs=1e-4), name
+
+
+def test_two_processes_write_down_together_what_a_teacher_says(alone, two, tmp_path):
+  """Each a part of the cache, which then is one, and holds what one process alone would have written."""
+  workdir = seeded(two, tmp_path / 'w')
+  for name in ('model', 'run.json', 'DONE'):
+    copy = shutil.copytree if name == 'model' else shutil.copy
+    arm(workdir).mkdir(parents=True, exist_ok=True)
+    copy(arm(alone) / name, arm(workdir) / name)
+  Processes(workdir, arms=CACHED, SHARD='8192').done()
+  np.testing.assert_allclose(losses(workdir, CACHED), losses(alone, CACHED), atol=1e-5)
+  (cache,) = {path.parent for path in (workdir / 'data').glob('*/shard-*')}
+  shards = json.loads((cache / 'manifest.json').read_text())['shards']
+  assert len(shards) > 2
+  assert all(shard['records'] > 0 for shard in shards)
 
 
 @pytest.mark.parametrize('devices,options', [(2, ['--config.run.fsdp=2']), (1, ['--config.run.tensor=2'])])

@@ -171,7 +171,7 @@ def begin(folder: Path, key: dict[str, Any]) -> None:
     )
     return
   require(
-    not folder.exists() or all(path.name.startswith('.lock-') for path in folder.iterdir()),
+    not folder.exists() or all(path.name.startswith('.') for path in folder.iterdir()),  # locks; a manifest to be
     f'{folder}: holds something else (it has no {MANIFEST})',
   )
   write_json(path, {'key': key, 'identity': identity(key)})
