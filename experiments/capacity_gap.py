@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import TEACHER, claim, equal, student, table, values, wider
+from experiments.common import TEACHER, claim, equal, student, table, values, wider
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import TEACHER, claim, student, wider
+from experiments.common import TEACHER, claim, student, wider
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import Values, claim, merged, student, values
+from experiments.common import Values, claim, merged, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.experiment import Config

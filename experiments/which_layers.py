@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.distilling import claim, merged, student, values
+from experiments.common import claim, merged, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
 from slm_jax.config import override

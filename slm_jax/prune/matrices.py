@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.model.api import Params
+from slm_jax.model.config import ModelConfig
+from slm_jax.model.decoder import shapes
 
 Into = Literal['into_qkv', 'into_o', 'into_mlp', 'into_down']
 Matrices = dict[str, jax.Array]  # [L,I,O] by name; or scores or masks of the same shapes
@@ -50,6 +52,12 @@ def put(params: Params, new: Mapping[str, jax.Array]) -> Params:
 def full(params: Params, masks: Mapping[str, jax.Array]) -> Any:
   """A tree of booleans like the parameters: the masks, and True for all that has none."""
   return put(jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), masks)
+
+
+def sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """(L, I, O) by name, of a model that need not exist, in the order of SITES."""
+  found = jax.eval_shape(matrices, shapes(config))  # which sorts names
+  return {name: found[name].shape for name in SITES if name in found}
 
 
 def _flat(w: jax.Array, n_in: int) -> jax.Array:

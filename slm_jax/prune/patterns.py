@@ -116,6 +116,18 @@ def _of_blocks(score_LIO: jax.Array, count_L: jax.Array, rule: Pattern) -> jax.A
 # ------------------------------------------------------------------------------------------------- what cannot be meant
 
 
+def check_sparsity(rule: Pattern, sparsity: float, allocation: Allocation, key: str) -> None:
+  """ConfigError for a share of zeros that there is not, or that the pattern does not have; key: of the settings."""
+  require(0 <= sparsity < 1, f'{key}.sparsity={sparsity}: must lie in [0, 1)')
+  if rule.kind == 'n:m':
+    text, left = f'{rule.n}:{rule.m}', 1 - rule.n / rule.m
+    require(abs(sparsity - left) < 1e-6, f'{key}.sparsity={sparsity}: must be {left:g} with pattern={text}')
+    require(
+      allocation == 'uniform',
+      f'{key}.allocation={allocation}: with pattern={text} every matrix keeps the same share: uniform',
+    )
+
+
 def check_shapes(rule: Pattern, shapes: Shapes, key: str) -> None:
   """ConfigError for a matrix that the pattern does not divide."""
   for name, (_, inputs, outputs) in shapes.items():

@@ -14,12 +14,11 @@ import jax
 from slm_jax.config import require
 from slm_jax.model.api import Model, Params
 from slm_jax.model.config import ModelConfig
-from slm_jax.model.decoder import shapes
 from slm_jax.prune import criteria, fisher
 from slm_jax.prune.allocate import Allocation
-from slm_jax.prune.matrices import Matrices, matrices, put
+from slm_jax.prune.matrices import Matrices, matrices, put, sizes
 from slm_jax.prune.oneshot import sequential
-from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, select
+from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, check_sparsity, select
 from slm_jax.prune.stats import collect_all
 
 
@@ -33,14 +32,8 @@ class OneShot:
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
 
   def check(self, key: str) -> None:
-    require(0 <= self.sparsity < 1, f'{key}.sparsity={self.sparsity}: must lie in [0, 1)')
     rule = Pattern.parse(self.pattern, f'{key}.pattern')
-    if rule.kind == 'n:m':
-      left = 1 - rule.n / rule.m
-      require(
-        abs(self.sparsity - left) < 1e-6,
-        f'{key}.sparsity={self.sparsity}: must be {left:g} with pattern={self.pattern}',
-      )
+    check_sparsity(rule, self.sparsity, self.allocation, key)
     if self.criterion == 'sparsegpt':
       what = f'{key}.pattern={self.pattern}, allocation={self.allocation}: sparsegpt chooses in blocks of inputs'
       known = rule.kind in ('layer', 'n:m') and self.allocation == 'uniform'
@@ -49,13 +42,9 @@ class OneShot:
   def check_model(self, config: ModelConfig, key: str) -> None:
     """ConfigError for what this model's matrices cannot have."""
     if self.criterion != 'none':
-      rule, sizes = Pattern.parse(self.pattern, f'{key}.pattern'), {k: s.shape for k, s in _matrices(config).items()}
-      check_shapes(rule, sizes, f'{key}.pattern')
-      check_budget(rule, sizes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
-
-
-def _matrices(config: ModelConfig) -> Matrices:
-  return jax.eval_shape(matrices, shapes(config))
+      rule, shapes = Pattern.parse(self.pattern, f'{key}.pattern'), sizes(config)
+      check_shapes(rule, shapes, f'{key}.pattern')
+      check_budget(rule, shapes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
 
 
 def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], seed: int) -> Params:

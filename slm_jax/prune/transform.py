@@ -10,7 +10,6 @@ What is pruned is decided by a criterion, a pattern (patterns.py), an allocation
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,12 +19,11 @@ import jax.numpy as jnp
 from slm_jax import sharding
 from slm_jax.config import require, setting
 from slm_jax.losses import Term
-from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.prune import criteria
 from slm_jax.prune.allocate import Allocation, allocate
-from slm_jax.prune.matrices import SITES, Matrices, full, matrices
-from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, cut, select
+from slm_jax.prune.matrices import SITES, Matrices, full, matrices, sizes
+from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, check_sparsity, cut, select
 from slm_jax.prune.schedules import Schedule, sparsity_at
 from slm_jax.step import Resources, Transform, TransformConfig, Update
 
@@ -59,20 +57,9 @@ class Prune(TransformConfig):
   ticket: str = setting('', arm=True)
 
   def check(self, key: str) -> None:
-    require(0 <= self.sparsity < 1, f'{key}.sparsity={self.sparsity}: must lie in [0, 1)')
     require(0 <= self.start <= self.end <= 1, f'{key}.start={self.start}, end={self.end}: need 0 <= start <= end <= 1')
     require(self.every > 0, f'{key}.every={self.every}: must be positive')
-    rule = Pattern.parse(self.pattern, f'{key}.pattern')
-    if rule.kind == 'n:m':
-      left = 1 - rule.n / rule.m
-      require(
-        abs(self.sparsity - left) < 1e-6,
-        f'{key}.sparsity={self.sparsity}: must be {left:g} with pattern={self.pattern}',
-      )
-      require(
-        self.allocation == 'uniform',
-        f'{key}.allocation={self.allocation}: with pattern={self.pattern} every matrix keeps the same share: uniform',
-      )
+    check_sparsity(Pattern.parse(self.pattern, f'{key}.pattern'), self.sparsity, self.allocation, key)
     if self.rules.regrows:
       require(
         self.allocation in ('uniform', 'erk'),
@@ -82,7 +69,7 @@ class Prune(TransformConfig):
     require(not self.ticket or self.method != 'ste', f'{key}.method=ste: chooses among all weights; a ticket does not')
 
   def check_in(self, config: Any, key: str) -> None:
-    rule, shapes = Pattern.parse(self.pattern, f'{key}.pattern'), _shapes(decoder.shapes(config.model))
+    rule, shapes = Pattern.parse(self.pattern, f'{key}.pattern'), sizes(config.model)
     check_shapes(rule, shapes, f'{key}.pattern')
     check_budget(rule, shapes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
 
@@ -99,7 +86,7 @@ class Prune(TransformConfig):
     if not self.ticket:
       return None
     model, params = resources.load(self.ticket)
-    theirs, own = (_shapes(decoder.shapes(m.config)) for m in (model, resources.model))
+    theirs, own = (sizes(m.config) for m in (model, resources.model))
     differ = [name for name in own if theirs.get(name) != own[name]]
     require(not differ, f'transforms.prune.ticket={self.ticket}: its model has other shapes of {", ".join(differ)}')
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
@@ -287,10 +274,3 @@ def _exchanged(step: jax.Array, begin: int, last: int) -> jax.Array:
 def _zeros(params: Params) -> Params:
   layers = params['layers']
   return {name: jnp.zeros(layers[name].shape, jnp.float32) for name in SITES if name in layers}
-
-
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-  """(L, I, O) of the matrices, of parameters or their shapes."""
-  shapes = {name: params['layers'][name].shape for name in SITES if name in params['layers']}
-  cut_at = {name: 1 + SITES[name].n_in for name in shapes}
-  return {name: (s[0], math.prod(s[1 : cut_at[name]]), math.prod(s[cut_at[name] :])) for name, s in shapes.items()}

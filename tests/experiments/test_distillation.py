@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import arms_of, summary
 
-from experiments import capacity_gap, distilling, divergences, few_stories, kd_or_ce, on_policy, sparse_targets
+from experiments import capacity_gap, common, divergences, few_stories, kd_or_ce, on_policy, sparse_targets
 from slm_jax.ablate import population
 from slm_jax.ablate.results import Row
 from slm_jax.config import flatten
@@ -94,9 +94,9 @@ def test_capacity_gap():
 
 def test_a_margin_moves_the_verdict_and_not_what_is_shown():
   pairs = {i: 1.0 + 0.001 * i for i in range(5)}, {i: 1.03 + 0.0011 * i for i in range(5)}
-  assert distilling.claim('a < b by 0.02', *pairs, 0.02).endswith('REPRODUCED')
-  assert distilling.claim('a < b by 0.04', *pairs, 0.04).endswith('NOT REPRODUCED')
-  assert distilling.claim('a < b', *pairs).split(':')[1] == distilling.claim('a < b', *pairs, 0.02).split(':')[1]
+  assert common.claim('a < b by 0.02', *pairs, 0.02).endswith('REPRODUCED')
+  assert common.claim('a < b by 0.04', *pairs, 0.04).endswith('NOT REPRODUCED')
+  assert common.claim('a < b', *pairs).split(':')[1] == common.claim('a < b', *pairs, 0.02).split(':')[1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_margin_moves_the_verdict_and_not_what_is_shown():
 def test_equal_is_within_the_limit_on_both_sides(shift, verdict):
   noise = [-0.002, 0.001, 0.002, -0.001, 0.0]
   ours, theirs = {i: 1 + shift + e for i, e in enumerate(noise)}, dict.fromkeys(range(5), 1.0)
-  assert distilling.equal('a = b', ours, theirs, 0.02).endswith(f': {verdict}')
+  assert common.equal('a = b', ours, theirs, 0.02).endswith(f': {verdict}')
 
 
 EXACT = {

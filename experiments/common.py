@@ -1,4 +1,4 @@
-"""What the questions about distillation share: a student, a wider teacher, a table, a claim and its verdict."""
+"""What the questions share: a small student on stories, a wider teacher, a table, a claim and its verdict."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
