@@ -1,6 +1,6 @@
 """One-shot pruning: weights of a trained model set to zero at once, before the first step. Runs on the host.
 
-    criterion -> select, by statistics or gradients of calibration text; or SparseGPT, which updates what it keeps
+    criterion -> select -> compensate, by statistics or gradients of calibration text; or SparseGPT, which does it all
 
 Recovery is another arm, which starts from this one and keeps its zeros (`Prune(ticket=...)`).
 """
@@ -17,7 +17,7 @@ from slm_jax.model.config import ModelConfig
 from slm_jax.prune import criteria, fisher
 from slm_jax.prune.allocate import Allocation
 from slm_jax.prune.matrices import Matrices, matrices, put, sizes
-from slm_jax.prune.oneshot import sequential
+from slm_jax.prune.oneshot import compensated, require_bias, sequential
 from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, check_sparsity, select
 from slm_jax.prune.stats import collect_all
 
@@ -30,8 +30,15 @@ class OneShot:
   sparsity: float = 0.5
   pattern: str = 'layer'  # what is compared: see `Prune`; Wanda and RIA are meant for 'output'
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
+  # What makes up for them, layer by layer (oneshot.compensated): what stays is fitted anew, or biases are shifted.
+  compensate: Literal['none', 'least_squares', 'mean_shift'] = 'none'
 
   def check(self, key: str) -> None:
+    require(
+      self.compensate == 'none' or self.criterion not in ('none', 'sparsegpt'),
+      f'{key}.compensate={self.compensate}: with criterion={self.criterion} there is '
+      f'{"nothing to make up for" if self.criterion == "none" else "an update already"}; allowed: none',
+    )
     rule = Pattern.parse(self.pattern, f'{key}.pattern')
     check_sparsity(rule, self.sparsity, self.allocation, key)
     if self.criterion == 'sparsegpt':
@@ -45,6 +52,8 @@ class OneShot:
       rule, shapes = Pattern.parse(self.pattern, f'{key}.pattern'), sizes(config)
       check_shapes(rule, shapes, f'{key}.pattern')
       check_budget(rule, shapes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
+    if self.compensate == 'mean_shift':
+      require_bias(config.bias, f'{key}.compensate')
 
 
 def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], seed: int) -> Params:
@@ -57,6 +66,8 @@ def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], 
     return sequential(model, params, text, (rule.n, rule.m) if rule.kind == 'n:m' else spec.sparsity)[0]
   w = matrices(params)
   masks = select(scores(spec.criterion, model, params, text, seed), 1 - spec.sparsity, spec.pattern, spec.allocation)
+  if spec.compensate != 'none':
+    return compensated(model, params, masks, text, spec.compensate)
   return put(params, {name: w[name] * masks[name] for name in w})
 
 

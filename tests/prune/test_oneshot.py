@@ -13,9 +13,11 @@ from slm_jax.config import ConfigError
 from slm_jax.model.api import Feature
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.decoder import build
-from slm_jax.prune.compensate import inverse_factor, sparsegpt
-from slm_jax.prune.matrices import SITES, full, matrices
-from slm_jax.prune.oneshot import sequential
+from slm_jax.prune import criteria
+from slm_jax.prune.compensate import damped, error, inverse_factor, least_squares, mean_shift, sparsegpt
+from slm_jax.prune.matrices import SITES, full, matrices, put
+from slm_jax.prune.oneshot import compensated, sequential
+from slm_jax.prune.patterns import select
 
 CONFIG = ModelConfig(
   vocab_size=48,
@@ -154,6 +156,79 @@ def test_n_of_m_in_bfloat16_with_too_few_tokens(caplog):
     assert (mask.reshape(layers, inputs // 4, 4, outputs).sum(2) == 2).all()
   assert all(np.isfinite(np.float32(p)).all() for p in jax.tree.leaves(new))
   assert {p.dtype for p in jax.tree.leaves(new)} == {jnp.dtype('bfloat16')}
+
+
+# ------------------------------------------------------------ masks of any criterion, and what makes up for them
+
+
+@pytest.fixture(scope='module')
+def halved(params):
+  return select(criteria.magnitude(matrices(params)), 0.5)
+
+
+@pytest.fixture(scope='module')
+def refitted(params, halved):
+  with jax.numpy_rank_promotion('raise'):
+    return compensated(MODEL, params, halved, BATCHES, 'least_squares')
+
+
+def test_least_squares_errs_less_than_zeros_alone_in_every_output(params, halved, refitted):
+  """By what each matrix is given in the final model, which is what it was given when its turn came."""
+  h, dense, new = grams(refitted), matrices(params), matrices(refitted)
+  gains = []
+  for name, site in SITES.items():
+    for l in range(CONFIG.n_layers):
+      h_II = jnp.asarray(h[Feature(site.into, l + 1)], jnp.float32)
+      mask, w = halved[name][l], dense[name][l]
+      ours, none = error(w, new[name][l], h_II), error(w, w * mask, h_II)
+      assert (ours <= none * (1 + 1e-4)).all(), (name, l)
+      assert not np.asarray(new[name][l])[~np.asarray(mask)].any()
+      np.testing.assert_allclose(new[name][l], least_squares(w, damped(h_II), mask), rtol=1e-2, atol=1e-3)
+      gains.append(float(ours.sum() / none.sum()))
+  assert np.median(gains) < 0.7
+
+
+def test_least_squares_keeps_the_logits_better(params, halved, refitted):
+  logits = jax.jit(lambda p: MODEL.head(p, MODEL.hidden(p, batch(7))))
+  masked = put(params, {name: w * halved[name] for name, w in matrices(params).items()})
+  off = [np.square(logits(p) - logits(params))[SEGMENTS > 0].mean() for p in (refitted, masked)]
+  assert off[0] < 0.7 * off[1]
+
+
+BIASED = dataclasses.replace(CONFIG, bias=True, n_layers=2)
+
+
+def test_a_shift_of_the_biases_keeps_the_mean_of_every_matrixs_output(halved):
+  model = build(BIASED)
+  params = model.init(jax.random.key(2))
+  masks = {name: mask[:2] for name, mask in halved.items()}
+  with jax.numpy_rank_promotion('raise'):
+    new = compensated(model, params, masks, BATCHES, 'mean_shift')
+  wanted = [Feature(into, l + 1) for into in {s.into for s in SITES.values()} for l in range(2)]
+  given = [model.features(new, one, wanted)[1] for one in BATCHES]
+  for name, site in SITES.items():
+    for l in range(2):
+      x = np.concatenate([np.asarray(g[Feature(site.into, l + 1)]).reshape(*SEGMENTS.shape, -1) for g in given])
+      mean_I = x[np.concatenate([SEGMENTS > 0] * 2)].mean(0)
+      old_w, new_w = matrices(params)[name][l], matrices(new)[name][l]
+      np.testing.assert_array_equal(new_w, old_w * masks[name][l])
+      old_b, new_b = (np.asarray(p['layers'][f'{name}_bias'][l]).ravel() for p in (params, new))
+      np.testing.assert_allclose(mean_I @ new_w + new_b, mean_I @ old_w + old_b, atol=1e-5)
+      np.testing.assert_allclose(new_b - old_b, mean_shift(old_w, masks[name][l], mean_I), atol=1e-5)
+
+
+def test_a_mean_needs_few_tokens_and_a_bias(params, halved, caplog):
+  few = batch(2, np.array([[1] * 6 + [0] * 2], np.int32))
+  model = build(BIASED)
+  masks = {name: mask[:2] for name, mask in halved.items()}
+  with caplog.at_level(logging.WARNING):
+    compensated(model, model.init(jax.random.key(2)), masks, [few], 'mean_shift')
+  assert not caplog.records
+  with caplog.at_level(logging.WARNING):
+    compensated(model, model.init(jax.random.key(2)), masks, [few], 'least_squares')
+  assert '6 tokens are fewer than the inputs' in caplog.text
+  with pytest.raises(ConfigError, match='compensate=mean_shift: needs biases, and model.bias=false'):
+    compensated(MODEL, params, halved, BATCHES, 'mean_shift')
 
 
 def test_what_cannot_be_is_one_line(params):

@@ -40,6 +40,8 @@ def workdir(tmp_path_factory):
   for criterion in CRITERIA:
     arms[criterion] = override(dense, {**of, 'init.sparse': OneShot(criterion, 0.75)})
   arms['2:4'] = override(dense, {**of, 'init.sparse': OneShot('sparsegpt', 0.5, '2:4')})
+  for name, how in {'halved': 'none', 'refitted': 'least_squares'}.items():
+    arms[name] = override(dense, {**of, 'init.sparse': OneShot('magnitude', 0.5, compensate=how)})
   arms['global'] = override(dense, {**of, 'init.sparse': OneShot('obd', 0.75, allocation='global')})
   recovery = {**PLAIN, 'init.arm': 'random', 'transforms': (Prune(0.75, ticket='random', start=1.0, end=1.0),)}
   arms['recovered'] = override(dense, {**recovery, 'train.steps': 20})
@@ -64,6 +66,13 @@ def test_random_is_the_worst_and_an_update_of_what_is_kept_pays(workdir):
   losses = {criterion: loss(workdir, criterion) for criterion in CRITERIA}
   assert max(losses, key=losses.__getitem__) == 'random'
   assert losses['sparsegpt'] < losses['magnitude']
+
+
+def test_an_arm_can_have_its_weights_fitted_anew(workdir):
+  rise = {arm: loss(workdir, arm) - loss(workdir, 'dense') for arm in ('halved', 'refitted')}
+  assert rise['refitted'] < 0.5 * rise['halved']
+  for name, found in sparsities(workdir, 'refitted').items():
+    np.testing.assert_array_equal(found, sparsities(workdir, 'halved')[name])
 
 
 def test_a_global_budget_is_shared_out_and_n_of_m_is_exact(workdir):
@@ -92,6 +101,15 @@ def test_a_report_can_be_made_of_arms_without_steps(workdir):
     ({'init.arm': 'x', 'init.sparse': OneShot('sparsegpt', 0.5, 'output')}, 'pattern=output.*: sparsegpt chooses'),
     ({'init.arm': 'x', 'init.sparse': OneShot('obd', 0.5, '3:6')}, '3:6.*'),
     ({'init.arm': 'x', 'init.sparse': OneShot('obd', 0.99999)}, 'sparsity=0.99999'),
+    (
+      {'init.arm': 'x', 'init.sparse': OneShot('sparsegpt', compensate='least_squares')},
+      'compensate=least_squares: with criterion=sparsegpt there is an update already; allowed: none',
+    ),
+    ({'init.sparse': OneShot(compensate='mean_shift')}, 'compensate=mean_shift: .*nothing to make up for'),
+    (
+      {'init.arm': 'x', 'init.sparse': OneShot('wanda', compensate='mean_shift')},
+      'init.sparse.compensate=mean_shift: needs biases, and model.bias=false; allowed: none, least_squares',
+    ),
     ({'init.sequences': 0}, 'init.sequences=0: must be positive'),
     ({'train.steps': -1}, 'train.steps=-1: must not be negative'),
   ],
