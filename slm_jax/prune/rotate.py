@@ -5,6 +5,8 @@ that read the norm's output, then all that writes to the residual stream is mult
 by Q^T, and the model computes what it did before. Its stream then has the most important directions first, so that
 the last channels are the ones to cut.
 
+    config, params = rotate(config, params, gram(config, params, batches))
+
 **One Q serves the whole stream**, so skip connections need nothing. SliceGPT itself has a Q_l before each attention and
 each MLP block, from the PCA of that block's own inputs, and multiplies the skip by a matrix Q_l^T Q_{l+1} [D,D] each:
 it cuts with less loss, but adds two matrices a layer and makes a model that no other tool can open.
@@ -13,15 +15,17 @@ Runs on the host in float64.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.config import require
-from slm_jax.model.api import Params
+from slm_jax.model.api import Batch, Feature, Params
 from slm_jax.model.config import ModelConfig
-from slm_jax.model.decoder import logical_axes
+from slm_jax.model.decoder import build, logical_axes, shapes
 
 _READERS = {'attn_norm': ('q', 'k', 'v'), 'mlp_norm': ('gate', 'up')}
 
@@ -51,10 +55,46 @@ def rotate(config: ModelConfig, params: Params, gram_DD: Any) -> tuple[ModelConf
   )
 
 
+def gram(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> np.ndarray:
+  """[D,D], float64: sum of x^T x over the tokens of all batches and over all norms, x = what a norm puts out, no gains.
+
+  So each place where the stream is read counts the same, however long the stream is there. Reads inputs and segments.
+  """
+  config, whole = fold(config, params)
+  model = build(config)
+  folded = jax.tree.map(lambda p, s: jnp.asarray(p, s.dtype), whole, shapes(config))
+  wanted = [Feature(kind, i + 1) for kind in ('into_qkv', 'into_mlp') for i in range(config.n_layers)]
+
+  @jax.jit
+  def of(params: Params, batch: Batch) -> jax.Array:
+    hidden_BTD, features = model.features(params, batch, wanted)
+    real_BT = batch['segments'] > 0
+    total = jnp.zeros((config.d_model, config.d_model), jnp.float32)
+    for x_BTD in (hidden_BTD, *features.values()):
+      x_BTD = jnp.where(real_BT[..., None], x_BTD.astype(jnp.float32), 0)
+      total += jnp.einsum('btd,bte->de', x_BTD, x_BTD, precision='highest')
+    return total
+
+  each = [np.asarray(of(folded, {n: one[n] for n in ('inputs', 'segments')}), np.float64) for one in batches]
+  return np.sum(each, axis=0)
+
+
+def check(config: ModelConfig, key: str, cut: bool = True) -> None:
+  """ConfigError for a model that cannot be rotated; cut: that cannot be what is left of a rotated one."""
+  needs: list[tuple[str, object, str]] = [
+    ('norm', 'rms', 'other norms do not commute with a rotation'),
+    ('post_norms', False, 'gains after a block cannot be folded into a matrix'),
+  ]
+  if cut:
+    needs.append(('tied', False, "the last norm's gains go into the head, which then is not the embeddings"))
+  for name, value, why in needs:
+    found, allowed = (str(x).lower() for x in (getattr(config, name), value))
+    require(found == allowed, f'{key}: model.{name}={found}: {why}; allowed: {allowed}')
+
+
 def fold(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
   """The same model, untied, with the gains of its norms 1 and in the matrices that follow: (config, float64 numpy)."""
-  require(config.norm == 'rms', f'rotate: model.norm={config.norm!r} does not commute with a rotation; allowed: rms')
-  require(not config.post_norms, 'rotate: model.post_norms=true: gains after a block cannot be folded into a matrix')
+  check(config, 'rotate', cut=False)
   params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
   layers, offset = dict(params['layers']), config.norm_offset
   for norm, readers in _READERS.items():

@@ -11,7 +11,7 @@ from slm_jax.config import ConfigError
 from slm_jax.model.api import Feature
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.decoder import build
-from slm_jax.prune.rotate import directions, fold, rotate
+from slm_jax.prune.rotate import directions, fold, gram, rotate
 
 LLAMA = ModelConfig(
   vocab_size=40, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=20, max_len=32, init_std=0.5
@@ -39,7 +39,7 @@ def cast(params):
   return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
 
 
-def gram(config, params):
+def stream(config, params):
   """Of the stream after every layer, each token of length 1; and the stream [N,D]."""
   wanted = [Feature('hidden', i) for i in range(config.n_layers + 1)]
   features = jax.jit(lambda p: build(config).features(p, BATCH, wanted)[1])(cast(params))
@@ -85,7 +85,7 @@ def forward64(config, params, tokens_T):
 def test_logits_do_not_change_in_float64():
   """O15, to 1e-9; the forward pass is checked against the model, so that it says something about it."""
   params = random_params(LLAMA)
-  config, turned = rotate(LLAMA, params, gram(LLAMA, params))
+  config, turned = rotate(LLAMA, params, stream(LLAMA, params))
   before, after = forward64(LLAMA, params, TOKENS[0, :10]), forward64(config, turned, TOKENS[0, :10])
   np.testing.assert_allclose(before, logits(LLAMA, params)[0, :10], rtol=1e-4, atol=1e-4)
   assert np.abs(after - before).max() < 1e-9
@@ -97,7 +97,7 @@ def test_logits_do_not_change_in_float64():
 def test_logits_do_not_change_in_the_model(config):
   """O15 in float32: tied and not, biases, learned positions, offsets of gains, muP, norms of heads."""
   params = random_params(config)
-  new_config, turned = rotate(config, cast(params), gram(config, params))
+  new_config, turned = rotate(config, cast(params), stream(config, params))
   assert not new_config.tied
   assert dataclasses.replace(new_config, tied=config.tied) == config
   for name in ('attn_norm', 'mlp_norm'):
@@ -111,13 +111,29 @@ def test_logits_do_not_change_in_the_model(config):
 
 def test_the_stream_has_its_principal_directions_first():
   params = random_params(LLAMA)
-  old = gram(LLAMA, params)
-  new = gram(*rotate(LLAMA, params, old))
+  old = stream(LLAMA, params)
+  new = stream(*rotate(LLAMA, params, old))
   values = np.diagonal(new)
   np.testing.assert_allclose(new, np.diag(values), atol=1e-4 * values[0])
   assert (np.diff(values) <= 1e-4 * values[0]).all()
   np.testing.assert_allclose(values, np.linalg.eigvalsh(old)[::-1], rtol=1e-4)
   assert values[:6].sum() > np.sort(np.diagonal(old))[-6:].sum() * 1.05, 'than by cutting channels as they were'
+
+
+@pytest.mark.parametrize('config', [LLAMA, OTHER, QWEN], ids=['llama', 'other', 'qwen'])
+def test_the_gram_is_that_of_what_the_norms_put_out(config):
+  """Gains and padding do not count, and after the rotation it is diagonal."""
+  params = cast(random_params(config))
+  found = gram(config, params, [BATCH])
+  other = {**params, 'final_norm': 2 * params['final_norm'] + config.norm_offset}  # gains of the last norm, twice
+  np.testing.assert_allclose(gram(config, other, [BATCH]), found, rtol=1e-4, atol=1e-3)
+  padded = {**BATCH, 'inputs': np.where(BATCH['segments'] > 0, TOKENS, 7)}
+  np.testing.assert_allclose(gram(config, params, [padded, padded]), 2 * found, rtol=1e-5, atol=1e-4)
+  tokens = (BATCH['segments'] > 0).sum()
+  assert np.trace(found) == pytest.approx(config.d_model * tokens * (2 * config.n_layers + 1), rel=1e-2)
+  turned = gram(*rotate(config, params, found), [BATCH])
+  np.testing.assert_allclose(turned, np.diag(np.diagonal(turned)), atol=1e-4 * turned.max())
+  assert (np.diff(np.diagonal(turned)) < 1e-3).all()
 
 
 def test_directions_are_a_rotation():
@@ -134,7 +150,10 @@ def test_bfloat16_stays():
 
 
 def test_what_does_not_commute_with_a_rotation_is_refused():
-  for changes, says in (({'norm': 'layer'}, "model.norm='layer'"), ({'post_norms': True}, 'model.post_norms=true')):
+  for changes, says in (
+    ({'norm': 'layer'}, 'rotate: model.norm=layer'),
+    ({'post_norms': True}, 'model.post_norms=true'),
+  ):
     with pytest.raises(ConfigError, match=says):
       fold(dataclasses.replace(LLAMA, **changes), {})
   with pytest.raises(ConfigError, match=r'a gram of shape \(3, 3\)'):
