@@ -12,6 +12,7 @@ from slm_jax.data.config import DataConfig
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig
+from slm_jax.prune import rotate
 from slm_jax.prune.sparse import OneShot
 from slm_jax.step import TransformConfig
 
@@ -50,16 +51,23 @@ class InitConfig:
   """Where the parameters come from: an initialiser, or another arm's, cut to the size of this arm's model."""
 
   arm: str = setting('', arm=True)
-  # What stays of a larger one (slm_jax/prune/choose.py): by its weights, by activations on training text, or at random.
-  by: Literal['magnitude', 'activations', 'random'] = 'magnitude'
+  # What stays of a larger one (slm_jax/prune/choose.py): by its weights; by activations on training text, their
+  # fluctuations (flap: heads and channels only) or the stream's principal directions (SliceGPT); or at random.
+  by: Literal['magnitude', 'activations', 'flap', 'principal', 'random'] = 'magnitude'
   layers: tuple[int, ...] = ()  # that stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart
   sparse: OneShot = OneShot()
-  sequences: int = 128  # of calibration text, at least: for activations, and for what `sparse` goes by
+  sequences: int = 128  # of calibration text, at least: for what `by` and `sparse` read of it
 
   def check(self, key: str) -> None:
     require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')
     pruned = self.sparse.criterion != 'none'
     require(bool(self.arm) or not pruned, f"{key}.arm='': name the trained arm that {key}.sparse is to prune")
+
+  def check_model(self, model: ModelConfig, key: str) -> None:
+    """ConfigError for what this arm's model cannot start from."""
+    if self.arm and self.by == 'principal':
+      rotate.check(model, f'{key}.by=principal')
+    self.sparse.check_model(model, f'{key}.sparse')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +125,7 @@ class Config:
       not self.model.mup_base_width or self.optim.name == 'adamw',
       f'{key}.optim.name={self.optim.name}: has no muP (model.mup_base_width={self.model.mup_base_width}); use adamw',
     )
-    self.init.sparse.check_model(self.model, f'{key}.init.sparse')
+    self.init.check_model(self.model, f'{key}.init')
     kinds = [transform.kind for transform in self.transforms]
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')
     for transform in self.transforms:

@@ -31,7 +31,7 @@ from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.optim import optimizer
 from slm_jax.preempt import EXIT_DONE, Preempted, Preemption
 from slm_jax.prune import zeros
-from slm_jax.prune.choose import fit, of_tokens, scored
+from slm_jax.prune.choose import fit, of_tokens, ranked
 from slm_jax.prune.sparse import sparse
 from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
@@ -197,7 +197,7 @@ def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
     kept = within(dataset.tokenizer, tokens, f'arm {arm}')
     source, params = of_tokens(source, params, kept, config.model.vocab_size)
   batches = functools.partial(dataset.calibration, config.init.sequences)
-  scores = scored(config.init.by, decoder.build(source), params, batches(), config.seed)
+  source, params, scores = ranked(config.init.by, decoder.build(source), params, batches(), config.seed)
   params = fit(params, source, config.model, scores, config.init.layers)
   return sparse(config.init.sparse, decoder.build(config.model), params, batches(), config.seed)
 

@@ -1,8 +1,10 @@
 """Which layers, channels, heads stay: scores of a model's units, and the best of them for a smaller shape.
 
-    params = fit(params, source, target, by_magnitude(source, params))
+    source, params, scores = ranked('activations', model, params, batches, seed)
+    params = fit(params, source, target, scores)
 
-Scores come without data (`by_magnitude`, `at_random`) or from statistics of calibration text (`by_activations`).
+Scores come without data (`by_magnitude`, `at_random`) or from statistics of calibration text (`by_activations`,
+`by_fluctuation`); `ranked` also knows the width's principal directions, for which the model is rotated first.
 """
 
 import dataclasses
@@ -10,18 +12,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.config import require
 from slm_jax.model import decoder
 from slm_jax.model.api import Model, Params
 from slm_jax.model.config import ModelConfig
-from slm_jax.prune import criteria
-from slm_jax.prune.cut import Kept, cut
+from slm_jax.prune import compensate, criteria, rotate
+from slm_jax.prune.cut import Kept, cut, heads
+from slm_jax.prune.matrices import matrices
 from slm_jax.prune.spec import Unit, size
 from slm_jax.prune.stats import Stats, collect_all
 
-By = Literal['magnitude', 'activations', 'random']
+By = Literal['magnitude', 'activations', 'flap', 'principal', 'random']
 
 # What may differ between a model and one that is cut from it, beside the sizes of units.
 _FREE = ('n_layers', 'd_ff', 'n_heads', 'n_kv_heads', 'd_model', 'max_len', 'dtype', 'remat', 'unroll', 'init_std')
@@ -34,8 +38,9 @@ class Scores(NamedTuple):
   channels: np.ndarray  # [L,F]
   groups: np.ndarray  # [L,G]
   queries: np.ndarray  # [L,G,R]
-  width: np.ndarray  # [D]
+  width: np.ndarray | None  # [D]; None: it cannot be cut
   layers: np.ndarray | None = None  # [L]; None: those that stay are spread evenly, from the first
+  means: dict[str, Any] | None = None  # [L,I] of inputs of 'o' and 'down', for the biases to take up; None: they do not
 
 
 def by_magnitude(config: ModelConfig, params: Params) -> Scores:
@@ -93,11 +98,51 @@ def by_activations(config: ModelConfig, stats: Stats) -> Scores:
   )
 
 
-def scored(by: By, model: Model, params: Params, batches: Iterable[Any], seed: int) -> Scores:
-  """By one of the three; batches are read for activations only, the seed counts for what is random only."""
-  if by == 'activations':
-    return by_activations(model.config, collect_all(model, params, batches))
-  return by_magnitude(model.config, params) if by == 'magnitude' else at_random(model.config, seed)
+def by_fluctuation(config: ModelConfig, params: Params, stats: Stats) -> Scores:
+  """FLAP (arXiv 2312.11983): what the output varies by if a unit's inputs of down or o are frozen at their means.
+
+  channels: Var_t(X_j) ||W_:j||^2 at the input of down, W all that reads it. queries, groups: the mean of that over the
+  inputs of o that are theirs. Both as z-scores of their layer, which do not matter here: they make layers comparable,
+  for a budget that is shared out among them (the paper's), and here each layer keeps as many. layers: spread evenly.
+  Width: FLAP says nothing of it. ConfigError if it is to be cut.
+
+  What the units that go gave on average moves to the biases of o and down (`fit`), W (1 - M) mean(X), where the model
+  has biases. **Without biases (model.bias=false) this is left out**: the paper adds biases to a Llama then; here the
+  cut model would no longer be of the family that it was cut from, so the shift of the mean remains as an error.
+  """
+  of = {name: np.asarray(s, np.float64) for name, s in criteria.flap(matrices(params), stats).items()}
+  shape = (config.n_layers, config.n_kv_heads)
+  return Scores(
+    channels=of['down'],
+    groups=of['o'].reshape(*shape, -1).mean(-1),
+    queries=of['o'].reshape(*shape, size(config, 'queries'), -1).mean(-1),
+    width=None,
+    means={name: stats.moments[into].mean for name, into in (('o', 'into_o'), ('down', 'into_down'))},  # type: ignore[index]
+  )
+
+
+def ranked(
+  by: By, model: Model, params: Params, batches: Iterable[Any], seed: int
+) -> tuple[ModelConfig, Params, Scores]:
+  """(config, params, scores): the model, or with 'principal' the same one in another basis, and what its units score.
+
+  principal: width by SliceGPT's principal directions of the residual stream (rotate.py), all else by activations.
+  Batches are read for activations, flap and principal, the seed counts for what is random.
+  """
+  config = model.config
+  if by == 'magnitude':
+    return config, params, by_magnitude(config, params)
+  if by == 'random':
+    return config, params, at_random(config, seed)
+  batches = list(batches)
+  stats = collect_all(model, params, batches)
+  if by == 'flap':
+    return config, params, by_fluctuation(config, params, stats)
+  scores = by_activations(config, stats)
+  if by == 'principal':
+    config, params = rotate.rotate(config, params, rotate.gram(config, params, batches))
+    scores = scores._replace(width=-np.arange(config.d_model))
+  return config, params, scores
 
 
 def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Kept:
@@ -123,9 +168,14 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Seq
     f'model.n_heads={target.n_heads}: {per_group} for each of {target.n_kv_heads} key/value heads, but the arm it is '
     f'cut from has {size(source, "queries")}',
   )
+  require(
+    scores.width is not None or target.d_model == source.d_model,
+    f'init.by=flap: does not tell channels of the residual stream apart, and model.d_model={target.d_model} is less '
+    f'than {source.d_model} of the arm it is cut from; allowed: magnitude, activations, principal, random',
+  )
   even = np.zeros(source.n_layers)
   even[[i * source.n_layers // target.n_layers for i in range(target.n_layers)]] = 1
-  by_unit: dict[Unit, np.ndarray] = {
+  by_unit: dict[Unit, Any] = {
     'layers': even if scores.layers is None else scores.layers,
     'channels': scores.channels,
     'groups': scores.groups,
@@ -158,8 +208,27 @@ def best(scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def fit(params: Params, source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Params:
-  """Parameters of `source`, cut to the shape of `target`; see `choose`."""
-  _, params = cut(source, params, choose(source, target, scores, layers))
+  """Parameters of `source`, cut to the shape of `target`; see `choose`. Biases take up the means that are known."""
+  kept = choose(source, target, scores, layers)
+  if scores.means is not None and source.bias:
+    params = shifted(source, params, kept, scores.means)
+  _, params = cut(source, params, kept)
   if 'positions' in params['embed']:
     params = {**params, 'embed': {**params['embed'], 'positions': params['embed']['positions'][: target.max_len]}}
   return params
+
+
+def shifted(config: ModelConfig, params: Params, kept: Kept, means: dict[str, Any]) -> Params:
+  """The parameters with W (1 - M) mean(X) added to the biases of o and down; M: the heads and channels that stay."""
+  layers = dict(params['layers'])
+  for name, index in (('o', heads(config, kept)), ('down', kept.channels)):
+    if index is None:
+      continue
+    w_LIO, bias_LD = matrices(params)[name], layers[f'{name}_bias']
+    units = config.n_heads if name == 'o' else config.d_ff
+    stays = np.zeros((config.n_layers, units), bool)
+    np.put_along_axis(stays, np.asarray(index), True, axis=1)
+    mask_LIO = np.repeat(stays, w_LIO.shape[1] // units, axis=1)[..., None]
+    lost_LD = jax.vmap(compensate.mean_shift)(w_LIO, jnp.asarray(mask_LIO), means[name])
+    layers[f'{name}_bias'] = (bias_LD + lost_LD).astype(bias_LD.dtype)
+  return {**params, 'layers': layers}

@@ -163,15 +163,15 @@ def _by_letter(config: ModelConfig, kept: Kept) -> dict[str, Index]:
   return {
     'F': kept.channels,
     'G': kept.groups,
-    'H': _heads(config, kept),
+    'H': heads(config, kept),
     'D': kept.width,
     'V': kept.vocabulary,
     'L': kept.layers,
   }
 
 
-def _heads(config: ModelConfig, kept: Kept) -> np.ndarray | None:
-  """[L, g r]: the query heads that stay."""
+def heads(config: ModelConfig, kept: Kept) -> np.ndarray | None:
+  """[L, g r]: the query heads that stay; None: all."""
   if kept.groups is None and kept.queries is None:
     return None
   layers, groups, per_group = config.n_layers, config.n_kv_heads, config.n_heads // config.n_kv_heads

@@ -21,7 +21,7 @@ from slm_jax.model.flops import parameter_count
 from slm_jax.optim import OptimConfig, optimizer
 from slm_jax.preempt import EXIT_DONE
 from slm_jax.prune import spec
-from slm_jax.prune.choose import at_random, best, by_magnitude, choose, fit, scored
+from slm_jax.prune.choose import at_random, best, by_magnitude, choose, fit, ranked
 from slm_jax.prune.cut import Kept, cut, cut_state, cut_tree, smaller
 from slm_jax.sharding import make_mesh
 
@@ -312,13 +312,13 @@ def test_activations_choose_what_the_text_uses():
   params = {**params, 'layers': layers}
   rng = np.random.default_rng(0)
   batches = [{'inputs': rng.integers(0, 60, (4, 16)), 'segments': np.ones((4, 16), np.int32)} for _ in range(2)]
-  scores = scored('activations', decoder.build(LLAMA), params, batches, 0)
+  scores = ranked('activations', decoder.build(LLAMA), params, batches, 0)[2]
   target = dataclasses.replace(LLAMA, d_ff=41, n_kv_heads=3, n_heads=6, n_layers=3)
   kept = choose(LLAMA, target, scores)
   assert kept.channels[2].tolist() == list(range(7, 48))
   assert 3 not in kept.groups[1]
   assert kept.layers.tolist() == sorted(np.argsort(-scores.layers)[:3].tolist())
-  again = scored('magnitude', decoder.build(LLAMA), params, batches, 0)
+  again = ranked('magnitude', decoder.build(LLAMA), params, batches, 0)[2]
   assert (choose(LLAMA, target, again).channels != kept.channels).any()
 
 
