@@ -3,13 +3,17 @@
     found = search(config, share=0.6, cost=COSTS['latency'](config, batch=8, seq_len=128))
 
 Depth, key/value groups and width are tried at a few levels each; of each combination, the feed-forward width is the
-largest that still fits. What is best among those is for a score to say: the loss after the cut, say.
+largest that still fits. What is best among those is for a score to say: the command (command.py) takes the loss after
+each cut.
+
+    python -m slm_jax.prune.target --model=WORKDIR/arms/ID --share=0.6 --cost=latency
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -137,3 +141,9 @@ def _largest(sizes: Sequence[ModelConfig], fits: Callable[[ModelConfig], bool]) 
 def _within(one: ModelConfig, other: ModelConfig) -> bool:
   sizes = [np.array([c.n_layers, c.n_kv_heads, c.d_model, c.d_ff]) for c in (one, other)]
   return bool((sizes[0] <= sizes[1]).all() and (sizes[0] < sizes[1]).any())
+
+
+if __name__ == '__main__':
+  from slm_jax.prune.command import main  # which imports this module
+
+  sys.exit(main())
