@@ -23,12 +23,14 @@ class TrainConfig:
   accumulate: int = 1  # parts into which a batch is split, one after another
   z_loss: float = 0.0
   loss_chunk: int = setting(2048, semantic=False)  # tokens whose logits exist at once
+  vocab_chunk: int = setting(0, semantic=False)  # and for so many tokens of the vocabulary at a time; 0: for all
 
   def check(self, key: str) -> None:
     require(self.steps >= 0, f'{key}.steps={self.steps}: must not be negative')
     require(self.accumulate > 0, f'{key}.accumulate={self.accumulate}: must be positive')
     require(self.z_loss >= 0, f'{key}.z_loss={self.z_loss}: must not be negative')
     require(self.loss_chunk > 0, f'{key}.loss_chunk={self.loss_chunk}: must be positive')
+    require(self.vocab_chunk >= 0, f'{key}.vocab_chunk={self.vocab_chunk}: must not be negative')
 
 
 @dataclasses.dataclass(frozen=True)

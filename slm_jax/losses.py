@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm_jax import vocabulary
+from slm_jax.vocabulary import Logits
+
 CHUNK = 2048  # tokens whose logits exist at once
 BINS = 15  # of a calibration error
 
@@ -56,9 +59,9 @@ def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
   def token_loss(logits, tokens, context) -> Terms:
     del context
     targets, mask = tokens['targets'], tokens['mask']
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    hits = jnp.argmax(logits, axis=-1) == targets
+    log_z = vocabulary.log_z(logits)
+    nats = log_z - vocabulary.at(logits, targets[..., None])[..., 0]
+    hits = vocabulary.most_likely(logits) == targets
     count = mask.sum()
     terms = {
       'loss': Term((nats * mask).sum(), count, 1.0),
@@ -85,7 +88,7 @@ def calibration(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> Term:
 
 def over_chunks(
   token_loss: Callable[..., Terms],
-  head: Callable[[Any, jax.Array], jax.Array],
+  head: Callable[[Any, jax.Array], Logits],
   params: Any,
   hidden_BTD: jax.Array,
   batch: dict[str, jax.Array],

@@ -28,6 +28,7 @@ from slm_jax.config import ConfigError
 from slm_jax.losses import Terms
 from slm_jax.model.api import Batch, Feature, Model, Params
 from slm_jax.optim import Optimizer
+from slm_jax.vocabulary import Logits
 
 Slot = Any  # what one transform remembers; () if nothing
 Metrics = dict[str, jax.Array]
@@ -65,9 +66,7 @@ class Update(NamedTuple):
 
 
 LossFn = Callable[[Params, jax.Array, Batch, Context], Terms]  # (viewed params, hidden_BTD, batch, context)
-TokenLossFn = Callable[
-  [jax.Array, Batch, Context], Terms
-]  # (float32 logits of some tokens, their batch entries, context)
+TokenLossFn = Callable[[Logits, Batch, Context], Terms]  # (float32 logits of some tokens, their batch entries, context)
 
 
 class Transform(NamedTuple):
@@ -125,6 +124,7 @@ class Resources(NamedTuple):
   load_any: Callable[[str], tuple[Model, Params]] = _nobody  # the same of an arm whose tokens may be others
   tokenizer: Any = None
   tokenizer_of: Callable[[str], Any] = _nobody  # another arm's
+  vocab_chunk: int = 0  # tokens of the vocabulary whose logits are to exist at once; 0: all
 
 
 class TransformConfig:

@@ -139,7 +139,7 @@ def assemble(
   frozen = {name: tree for _, its in built for name, tree in its.items()}
   optim = optimizer(config.optim, config.train.steps, config.model.width_ratio)
   step = make_step(
-    model,
+    decoder.in_blocks(model, config.train.vocab_chunk),
     optim,
     transform,
     accumulate=config.train.accumulate,
@@ -219,6 +219,7 @@ def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained
     load_any=others.model,
     tokenizer=dataset.tokenizer,
     tokenizer_of=others.tokenizer,
+    vocab_chunk=config.train.vocab_chunk,
   )
 
 

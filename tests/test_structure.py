@@ -21,6 +21,7 @@ FLOORS = [
     'slm_jax.chips',
     'slm_jax.energy',
     'slm_jax.revision',
+    'slm_jax.vocabulary',
   ],
   ['slm_jax.model', 'slm_jax.interop'],
   ['slm_jax.data'],

@@ -38,6 +38,7 @@ from slm_jax.distill.records import Layout, Precision
 from slm_jax.files import disk_errors, read_object, write_json
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token
+from slm_jax.vocabulary import whole
 
 FORMAT = 1  # of records and folders; part of the key
 SHARD = 1 << 20  # tokens of a shard
@@ -255,7 +256,7 @@ def teller(model: Model, layout: Layout) -> Callable[[Params, Any, Any], Any]:
 
   def of_chunk(params: Params, hidden: jax.Array, targets: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:
     logits = model.head(params, hidden)[..., : layout.vocab].astype(jnp.float32)
-    log_p = log_softmax(logits)
+    log_p = whole(log_softmax(logits))
     log_next = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     if layout.method == 'top_k':
       return {**signals.top_k(logits, layout.size)._asdict(), 'log_next': log_next}

@@ -31,8 +31,10 @@ from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.teachers import Precision, restored, stored
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Context, Resources, Slot, Transform, TransformConfig
+from slm_jax.vocabulary import Logits, at, first
 
 LOOKED_AT = 64  # sequences of each source that are aligned before anything is compiled
 COVERED = 0.5  # of their predicted tokens, at least so many must lie in a chunk
@@ -61,6 +63,11 @@ class CrossDistill(TransformConfig):
     require(self.length >= 0, f'{key}.length={self.length}: must be positive, or 0')
 
   def check_in(self, config: Any, key: str) -> None:
+    blocks = config.train.vocab_chunk
+    require(
+      self.divergence != 'uld' or not blocks,
+      f'{key}.divergence=uld: sorts all of the vocabulary, but train.vocab_chunk={blocks}; allowed: 0',
+    )
     for other in config.transforms:
       require(other.kind != 'on_policy', f'{key}: text is aligned before the step, and on_policy writes it in the step')
 
@@ -99,7 +106,7 @@ class CrossDistill(TransformConfig):
       f'{self.kind}.length={length}: longer than max_len={model.config.max_len} of the teacher {self.teacher}',
     )
     other.check_vocabulary(model.config.vocab_size)
-    teacher = Crossed(model, name, other.vocab_size, self.kind)
+    teacher = Crossed(in_blocks(model, resources.vocab_chunk), name, other.vocab_size, self.kind)
     numbers = {f'{self.kind}.weight': self.weight, f'{self.kind}.temperature': self.temperature}
     if self.divergence == 'alm':
       made = matched(teacher, numbers, resources.vocab, resources.seq_len)
@@ -149,7 +156,7 @@ class Crossed:
     t = batch['inputs'].shape[1]
 
     def of_chunks(logits, tokens, context):
-      return {'log_p': by_chunk(logits[..., : self.vocab], tokens['targets'], tokens['chunk'], t)}
+      return {'log_p': by_chunk(first(logits, self.vocab), tokens['targets'], tokens['chunk'], t)}
 
     params, hidden = self._params(context), self.hidden(batch, context)
     return losses.over_chunks(of_chunks, self.model.head, params, hidden, its, context)['log_p'].sum
@@ -158,13 +165,13 @@ class Crossed:
     return restored(context.frozen[self.key])
 
 
-def by_chunk(logits: jax.Array, targets: jax.Array, chunk: jax.Array, t: int) -> Term:
+def by_chunk(logits: Logits, targets: jax.Array, chunk: jax.Array, t: int) -> Term:
   """Sums of log softmax(logits)[target] over the tokens of each chunk, [B,T]; they add up like any term.
 
   Full logits never exist, though a chunk of text may lie in two chunks of tokens.
   """
   there = chunk > 0
-  log_q = jnp.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+  log_q = at(log_softmax(logits), targets[..., None])[..., 0]
   rows, zeros = jnp.arange(len(chunk))[:, None], jnp.zeros((len(chunk), t + 1), jnp.float32)
   total, count = (
     zeros.at[rows, chunk].add(x)[:, 1:] for x in (jnp.where(there, log_q, 0.0), there.astype(jnp.float32))
@@ -208,7 +215,7 @@ def matched(teacher: Crossed, numbers: Mapping[str, float], vocab: int, t: int) 
 
   def token_loss(slot, fn):
     def with_chunks(logits, tokens, context):
-      log_q = by_chunk(logits[..., :vocab], tokens['targets'], tokens[f'{name}_chunk'], t)
+      log_q = by_chunk(first(logits, vocab), tokens['targets'], tokens[f'{name}_chunk'], t)
       return {**_less(fn(logits, tokens, context), name, context), f'{name}_log_q': log_q}
 
     return with_chunks

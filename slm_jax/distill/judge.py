@@ -23,6 +23,7 @@ from slm_jax.distill.teachers import Teacher, online
 from slm_jax.losses import Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.step import Context, Resources, Slot, Transform
+from slm_jax.vocabulary import whole
 
 SEQUENCES = 64  # texts that the student writes, in all; a whole batch at a time
 PROMPT = 8  # tokens of a document after which it does, where the data have no prompts
@@ -42,7 +43,7 @@ def judge(student: Model, teacher: Teacher, resources: Resources) -> Judge:
     """Sums of token_loss(log p, log q, tokens)."""
 
     def of_chunk(logits, tokens, context):
-      log_p = log_softmax(teacher.logits(slot, tokens, context))
+      log_p = log_softmax(whole(teacher.logits(slot, tokens, context))[..., :vocab])
       return token_loss(log_p, log_softmax(logits[..., :vocab]), tokens)
 
     batch = {**batch, **teacher.data(slot, batch, context)}

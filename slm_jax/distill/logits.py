@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm_jax import vocabulary
 from slm_jax.config import require, setting
 from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
@@ -21,8 +22,10 @@ from slm_jax.distill.signals import Dense, SignalLoss, Tail
 from slm_jax.distill.teachers import Average, Precision, Source
 from slm_jax.losses import Term
 from slm_jax.model.api import Model
+from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Resources, Transform, TransformConfig
+from slm_jax.vocabulary import Logits
 
 STAYS = -1.0  # as the value of a number at the end: the same as at the start
 
@@ -138,7 +141,7 @@ class Distill(TokenLoss):
       model, params = resources.load(arm)
       name = f'teacher_{arm}'
       frozen[name] = teachers.stored(params, self.precision)
-      parts.append(teachers.online(model, name, resources.vocab))
+      parts.append(teachers.online(in_blocks(model, resources.vocab_chunk), name, resources.vocab))
       flops += flops_per_token(model.config, resources.seq_len, backward=False)
     shares = self.shares or (1.0,) * len(parts)
     teacher = parts[0] if len(parts) == 1 else teachers.average_of(parts, shares, self.average)
@@ -165,7 +168,7 @@ class SelfDistill(TokenLoss):
     require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
-    own = teachers.own_average(resources.model, self.kind, resources.vocab)
+    own = teachers.own_average(in_blocks(resources.model, resources.vocab_chunk), self.kind, resources.vocab)
     flops = flops_per_token(resources.model.config, resources.seq_len, backward=False)
     return self.transform(teachers.dense(own), self.dense_loss(), own, resources)._replace(flops=flops), {}
 
@@ -253,17 +256,17 @@ def taught_by(
   def token_loss(slot, fn):
     def with_teacher(logits, tokens, context):
       terms = fn(logits, tokens, context)
-      student = logits[..., :vocab]
-      signal = told = jax.lax.stop_gradient(source.signal(slot['source'], tokens, context))
+      student = vocabulary.first(logits, vocab)
+      signal = told = vocabulary.constant(source.signal(slot['source'], tokens, context))
       if moving:
         t = jnp.maximum(slot['moving'].t, context.hparams[f'{name}.mix'])
-        signal = Dense(_between(student, told.logits, t))  # type: ignore[union-attr]  # always dense here
+        signal = Dense(_between(student, told.logits, t))  # always dense here
       w, temperature = now(context, 'weight'), now(context, 'temperature')
       nats = loss(signal, student, tokens, temperature, context.hparams[f'{name}.mix'])
       mask = tokens['rollout'] if drawn else tokens.get('taught', tokens['mask'])
-      plain = signals.logged(told, jax.lax.stop_gradient(student))
+      plain = signals.logged(told, vocabulary.constant(student))
       if isinstance(told, Dense) and 'rollout' in tokens:
-        back = reverse_kl(told.logits, jax.lax.stop_gradient(student)) * tokens['rollout']
+        back = reverse_kl(told.logits, vocabulary.constant(student)) * tokens['rollout']
         terms[f'{name}_reverse_kl'] = Term(back.sum(), tokens['rollout'].sum(), 0.0)
       return {
         **terms,
@@ -284,9 +287,11 @@ def taught_by(
   return Transform(name, hparams, init=init, data=data, token_loss=token_loss, after=after)
 
 
-def _between(student: jax.Array, teacher: jax.Array, t: jax.Array) -> jax.Array:
-  z_s, z_t = (jnp.maximum(z, LOWEST) for z in (jax.lax.stop_gradient(student), teacher))
-  return (1 - t) * z_s + t * z_t
+def _between(student: Logits, teacher: Logits, t: jax.Array) -> Logits:
+  def mixed(z_s, z_t):
+    return (1 - t) * jnp.maximum(z_s, LOWEST) + t * jnp.maximum(z_t, LOWEST)
+
+  return vocabulary.each(mixed, vocabulary.constant(student), teacher)
 
 
 def _moved(moving: Moving, loss: jax.Array, start: jax.Array, done: jax.Array) -> Moving:

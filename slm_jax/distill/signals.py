@@ -1,6 +1,7 @@
 """What a student is told about the next token: a teacher's distribution, its k largest entries, or draws from it.
 
-All three are computed for a chunk of tokens, [..., V] or [..., K], so that full logits never exist. Each knows its loss
+All three are computed for a chunk of tokens, [..., V] or [..., K], so that full logits never exist; `Logits` may be
+blocks of the vocabulary (vocabulary.py). Each knows its loss
 against the student's logits, and what is to be logged of it: always at temperature 1, so that runs compare.
 """
 
@@ -10,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm_jax import vocabulary
 from slm_jax.distill.divergences import LOWEST, Divergence, entropy_of_log, kl_of_logs, log_softmax
 from slm_jax.model.api import Batch
+from slm_jax.vocabulary import Logits, each
 
 Tail = Literal['bucket', 'none', 'renormalize_teacher', 'renormalize_both']
 Nats = jax.Array  # [...], one number a token
@@ -20,7 +23,7 @@ Nats = jax.Array  # [...], one number a token
 class Dense(NamedTuple):
   """All of the distribution."""
 
-  logits: jax.Array  # float32 [..., V]; -inf: no such token
+  logits: Logits  # float32 [..., V]; -inf: no such token
 
 
 class TopK(NamedTuple):
@@ -40,35 +43,23 @@ class Sampled(NamedTuple):
 
 Signal = Dense | TopK | Sampled
 # (signal, the student's logits, the chunk's entries of the batch, temperature, mix)
-SignalLoss = Callable[[Any, jax.Array, Batch, jax.Array, jax.Array], Nats]
+SignalLoss = Callable[[Any, Logits, Batch, jax.Array, jax.Array], Nats]
 
 
 # ------------------------------------------------------------------------------------------------------ to make them
 
 
-def top_k(logits: jax.Array, k: int) -> TopK:
+def top_k(logits: Logits, k: int) -> TopK:
   """Of float32 logits [..., V]; k <= V."""
   log_p = log_softmax(logits)
-  kept, ids = jax.lax.top_k(log_p, k)
-  rest = _without(log_p, ids)
-  return TopK(ids, kept, jax.nn.logsumexp(rest, axis=-1))
+  kept, ids = vocabulary.largest(log_p, k)
+  return TopK(ids, kept, vocabulary.log_z(log_p, without=ids))
 
 
-def sampled(logits: jax.Array, uniform: jax.Array) -> Sampled:
+def sampled(logits: Logits, uniform: jax.Array) -> Sampled:
   """One draw for each of the numbers in [0, 1), [..., U], by the inverse of the cumulative distribution."""
-  total = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
-  flat = total.reshape(-1, total.shape[-1]), uniform.reshape(-1, uniform.shape[-1])
-  # Up to the last total, which rounding leaves beside 1; side='right' never gives an entry of probability 0.
-  ids = jax.vmap(lambda sums, u: jnp.searchsorted(sums, u * sums[-1], side='right'))(*flat)
-  ids = jnp.minimum(ids, total.shape[-1] - 1).astype(jnp.int32).reshape(uniform.shape)
+  ids = vocabulary.drawn(logits, uniform)
   return Sampled(ids, jnp.full(uniform.shape, 1 / uniform.shape[-1], jnp.float32))
-
-
-def _without(values: jax.Array, ids: jax.Array) -> jax.Array:
-  """[..., V] with -inf at the ids [..., K]."""
-  rows = values.reshape(-1, values.shape[-1])
-  out = rows.at[jnp.arange(len(rows))[:, None], ids.reshape(-1, ids.shape[-1])].set(-jnp.inf)
-  return out.reshape(values.shape)
 
 
 # ------------------------------------------------------------------------------------------------------- their losses
@@ -78,7 +69,8 @@ def dense_loss(divergence: Divergence) -> SignalLoss:
   """T^2 D(p_T, q_T), p_T = softmax(z / T): the gradient's size does not depend on T (arXiv 1503.02531)."""
 
   def loss(signal: Dense, logits, tokens, temperature, mix):
-    return temperature**2 * divergence(signal.logits / temperature, logits / temperature, mix)
+    p, q = (each(lambda z: z / temperature, z) for z in (signal.logits, logits))
+    return temperature**2 * divergence(p, q, mix)
 
   return loss
 
@@ -92,7 +84,7 @@ def policy_gradient() -> SignalLoss:
 
   def loss(signal: Dense, logits, tokens, temperature, mix):
     at = tokens['targets'][..., None]
-    log_p, log_q = (jnp.take_along_axis(log_softmax(z), at, axis=-1)[..., 0] for z in (signal.logits, logits))
+    log_p, log_q = (vocabulary.at(log_softmax(z), at)[..., 0] for z in (signal.logits, logits))
     estimate = jax.lax.stop_gradient(log_q - log_p)
     return estimate + estimate * (log_q - jax.lax.stop_gradient(log_q))
 
@@ -113,8 +105,8 @@ def top_k_loss(tail: Tail = 'bucket') -> SignalLoss:
   """
 
   def loss(signal: TopK, logits, tokens, temperature, mix):
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    z_S = jnp.take_along_axis(logits, signal.ids, axis=-1)
+    log_z = vocabulary.log_z(logits)
+    z_S = vocabulary.at(logits, signal.ids)
     log_q_S = jnp.maximum(z_S - log_z[..., None], LOWEST)
     if tail == 'none':
       return kl_of_logs(signal.log_p, log_q_S)
@@ -126,7 +118,7 @@ def top_k_loss(tail: Tail = 'bucket') -> SignalLoss:
     log_in = jax.nn.logsumexp(signal.log_p, axis=-1)
     log_q_in = jax.nn.logsumexp(log_q_S, axis=-1)
     # Not log(1 - Q_S), which has no digits left where Q_S is near 1.
-    log_q_rest = jax.nn.logsumexp(_without(logits, signal.ids), axis=-1) - log_z
+    log_q_rest = vocabulary.log_z(logits, without=signal.ids) - log_z
     inside = temperature**2 * kl_of_logs(p_tempered, q_tempered)
     log_p_2 = jnp.maximum(jnp.stack([log_in, signal.log_rest], axis=-1), LOWEST)
     log_q_2 = jnp.maximum(jnp.stack([log_q_in, log_q_rest], axis=-1), LOWEST)
@@ -139,8 +131,8 @@ def sampled_loss() -> SignalLoss:
   """-sum_i t_i log q_i (RS-KD, arXiv 2503.16870): a cross-entropy, whose gradient is that of KL(p || q) in the mean."""
 
   def loss(signal: Sampled, logits, tokens, temperature, mix):
-    z = jnp.take_along_axis(logits, signal.ids, axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - (signal.weights * z).sum(-1)
+    z = vocabulary.at(logits, signal.ids)
+    return vocabulary.log_z(logits) - (signal.weights * z).sum(-1)
 
   return loss
 
@@ -148,7 +140,7 @@ def sampled_loss() -> SignalLoss:
 # ------------------------------------------------------------------------------------------------------- for the log
 
 
-def logged(signal: Signal, logits: jax.Array) -> dict[str, Nats]:
+def logged(signal: Signal, logits: Logits) -> dict[str, Nats]:
   """At temperature 1. kl: KL(p || q), or that of the k entries and the rest, its lower bound. entropy: of the teacher.
 
   Draws say neither.

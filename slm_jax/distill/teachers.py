@@ -20,6 +20,7 @@ from slm_jax.distill.signals import Dense, Signal
 from slm_jax.ema import follow
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.step import Context, Slot, TrainState, Update
+from slm_jax.vocabulary import Logits, each, first
 
 Average = Literal['probabilities', 'logits']
 Precision = Literal['own', 'bfloat16', 'int8']
@@ -30,7 +31,7 @@ class Teacher(NamedTuple):
 
   init: Callable[[Params], Slot]
   data: Callable[[Slot, Batch, Context], dict[str, jax.Array]]  # entries [B, T, ...] of the batch
-  logits: Callable[[Slot, Batch, Context], jax.Array]  # (slot, a chunk's entries, context) -> float32 [..., V]
+  logits: Callable[[Slot, Batch, Context], Logits]  # (slot, a chunk's entries, context) -> float32 [..., V]
   after: Callable[[Slot, TrainState, Update], Slot]
 
 
@@ -52,7 +53,7 @@ def online(model: Model, key: str = 'teacher', vocab: int | None = None) -> Teac
   return Teacher(
     init=lambda params: (),
     data=lambda slot, batch, context: {f'{key}_hidden': model.hidden(params(context), batch)},
-    logits=lambda slot, tokens, context: model.head(params(context), tokens[f'{key}_hidden'])[..., :vocab],
+    logits=lambda slot, tokens, context: first(model.head(params(context), tokens[f'{key}_hidden']), vocab),
     after=lambda slot, state, update: slot,
   )
 
@@ -65,10 +66,14 @@ def average_of(teachers: Sequence[Teacher], shares: Sequence[float], average: Av
     return {k: v for t, slot in zip(teachers, slots, strict=True) for k, v in t.data(slot, batch, context).items()}
 
   def logits(slots, tokens, context):
-    each = [log_softmax(t.logits(slot, tokens, context)) for t, slot in zip(teachers, slots, strict=True)]
+    logs = [log_softmax(t.logits(slot, tokens, context)) for t, slot in zip(teachers, slots, strict=True)]
     if average == 'logits':
-      return sum(share / total * log_p for share, log_p in zip(shares, each, strict=True))
-    return jax.nn.logsumexp(jnp.stack([jnp.log(s / total) + p for s, p in zip(shares, each, strict=True)]), axis=0)
+      return each(lambda *logs: sum(s / total * p for s, p in zip(shares, logs, strict=True)), *logs)
+
+    def mean(*logs):
+      return jax.nn.logsumexp(jnp.stack([jnp.log(s / total) + p for s, p in zip(shares, logs, strict=True)]), axis=0)
+
+    return each(mean, *logs)
 
   return Teacher(
     init=lambda params: tuple(t.init(params) for t in teachers),
@@ -86,7 +91,7 @@ def own_average(model: Model, name: str, vocab: int | None = None) -> Teacher:
   return Teacher(
     init=lambda params: jax.tree.map(lambda p: p.astype(jnp.float32), params),
     data=lambda slot, batch, context: {f'{name}_hidden': model.hidden(slot, batch)},
-    logits=lambda slot, tokens, context: model.head(slot, tokens[f'{name}_hidden'])[..., :vocab],
+    logits=lambda slot, tokens, context: first(model.head(slot, tokens[f'{name}_hidden']), vocab),
     after=lambda slot, state, update: follow(slot, state.params, update.context.step, state.hparams[f'{name}.decay']),
   )
 

@@ -33,6 +33,7 @@ class Model(NamedTuple):
   config: ModelConfig
   init: Callable[[jax.Array], Params]
   hidden: Callable[[Params, Batch], jax.Array]  # reads inputs and segments -> x_BTD, after the final norm
-  head: Callable[[Params, jax.Array], jax.Array]  # (params, x_...D) -> float32 logits_...V, soft-cap included
+  # (params, x_...D) -> float32 logits_...V, soft-cap included; blocks of them only of `decoder.in_blocks`
+  head: Callable[[Params, jax.Array], Any]
   # `hidden` and, of the same pass, what is wanted of it; layers that the model does not have are a ConfigError
   features: Callable[[Params, Batch, Sequence[Feature]], tuple[jax.Array, Features]]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax import config as configs
+from slm_jax import vocabulary
 from slm_jax.config import require
 from slm_jax.model import ops, rope
 from slm_jax.model.api import Batch, Feature, Features, Model, Params
@@ -298,9 +299,16 @@ class Decoder(nn.Module):
 
   def head(self, x: jax.Array) -> jax.Array:
     """x_...D -> float32 logits_...V, soft-cap included. In muP they are divided by r, which is cheaper done to x."""
-    x = x if self.config.width_ratio == 1 else x / self.config.width_ratio
-    table_VD = self.weights['embed']['tokens'] if self.config.tied else self.weights['head'].T
-    return ops.unembed(x, table_VD, self.config.softcap)
+    return _unembed(self.config, _unembedding(self.config, self.weights), x)
+
+
+def _unembedding(config: ModelConfig, params: Params) -> jax.Array:
+  """[V,D]"""
+  return params['embed']['tokens'] if config.tied else params['head'].T
+
+
+def _unembed(config: ModelConfig, table_VD: jax.Array, x: jax.Array) -> jax.Array:
+  return ops.unembed(x if config.width_ratio == 1 else x / config.width_ratio, table_VD, config.softcap)
 
 
 def apply(config: ModelConfig, params: Params, *args: Any, method: str) -> Any:
@@ -331,3 +339,15 @@ def build(config: ModelConfig) -> Model:
     return apply(config, params, batch['inputs'], batch.get('segments'), tuple(wanted), method='features')
 
   return Model(config, init, hidden, head, features)
+
+
+def in_blocks(model: Model, width: int) -> Model:
+  """The model with a head whose logits exist for `width` tokens of the vocabulary at a time; 0: for all."""
+  config = model.config
+  if not width or width >= config.vocab_size:
+    return model
+
+  def head(params: Params, x: jax.Array) -> vocabulary.Logits:
+    return vocabulary.blocks(lambda rows_WD: _unembed(config, rows_WD, x), _unembedding(config, params), width)
+
+  return model._replace(head=head)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import tiny
 from toy import toy_batch, toy_model
 
-from slm_jax import metrics, train
+from slm_jax import metrics, train, vocabulary
 from slm_jax.ablate import measure, population
 from slm_jax.config import ConfigError, check, override
 from slm_jax.data.config import DataConfig
@@ -108,6 +109,21 @@ def test_cutting_into_chunks_or_slices_changes_nothing(transform):
     assert {k: float(v) for k, v in again.items()} == pytest.approx(
       {k: float(v) for k, v in measured.items()}, rel=1e-5
     )
+
+
+def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):
+  whole, measured = step_of(ALM)
+
+  def in_blocks(model):
+    return model._replace(head=lambda params, x: vocabulary.blocks(lambda rows: x @ rows.T, params['head'].T, 4))
+
+  monkeypatch.setattr(sys.modules[__name__], 'MODEL', in_blocks(MODEL))
+  params, again = step_of(matched(dataclasses.replace(TEACHER, model=in_blocks(OTHER)), NUMBERS, V, T), chunk=B)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, params)
+  assert {k: float(v) for k, v in again.items()} == pytest.approx({k: float(v) for k, v in measured.items()}, rel=1e-5)
+  sorts = override(pieces(transforms=(CrossDistill('teacher', divergence='uld'),)), {'train.vocab_chunk': 4})
+  with pytest.raises(ConfigError, match=r'divergence=uld: sorts all of the vocabulary, but train\.vocab_chunk=4'):
+    check(sorts)
 
 
 @pytest.mark.parametrize('transform', [ALM, ULD], ids=['alm', 'uld'])
@@ -207,7 +223,8 @@ def family(tmp_path_factory):
   arms = {'teacher': teacher, 'plain': pieces(name='plain')}
   for name in ('alm', 'uld'):
     spec = CrossDistill('teacher', divergence=name, weight=0.9, length=96)
-    arms[name] = pieces(name=name, transforms=(spec,))
+    blocks = {'train.vocab_chunk': 100 if name == 'alm' else 0}  # the vocabulary of bytes has 384, that of pieces 340
+    arms[name] = override(pieces(name=name, transforms=(spec,)), blocks)
   for name, config in arms.items():
     assert train.run(config, workdir, name) == EXIT_DONE
   return workdir, arms

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from toy import toy_batch, toy_model
 
-from slm_jax import losses
+from slm_jax import losses, vocabulary
 from slm_jax.config import ConfigError, check
 from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, kl
@@ -52,10 +53,10 @@ def close(a, b, tolerance=1e-6):
 # ------------------------------------------------------------------------------------------------------------- chunks
 
 SOURCES = {
-  **{name: lambda name=name: with_(name, mix=0.3, temperature=2.0) for name in DIVERGENCES},
+  **{name: lambda name=name: with_(name, teacher=ONLINE, mix=0.3, temperature=2.0) for name in DIVERGENCES},
   'top_k': lambda: taught_by(teachers.largest(ONLINE, 3), signals.top_k_loss(), NUMBERS),
   'sampled': lambda: taught_by(teachers.drawn(ONLINE, 5, 'distill'), signals.sampled_loss(), NUMBERS),
-  'taid': lambda: with_('kl', moving=True, steps=10, mix=0.4),
+  'taid': lambda: with_('kl', teacher=ONLINE, moving=True, steps=10, mix=0.4),
 }
 NUMBERS = {'distill.weight': 0.7, 'distill.temperature': 1.0}
 
@@ -67,6 +68,21 @@ def test_chunks_and_accumulation_change_nothing(name):
   close(run(SOURCES[name](), 3, chunk=16)[0].params, whole[0].params, 1e-5)
   if name != 'sampled':  # whose random numbers belong to a place in the batch
     close(run(SOURCES[name](), 3, accumulate=2)[0].params, whole[0].params, 1e-5)
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_blocks_of_the_vocabulary_change_nothing(name, monkeypatch):
+  """Both models' logits in blocks of 4 of 11 tokens, and the text in chunks; logs and all."""
+  whole = run(SOURCES[name](), 3)
+
+  def in_blocks(model):
+    return model._replace(head=lambda params, x: vocabulary.blocks(lambda rows: x @ rows.T, params['head'].T, 4))
+
+  monkeypatch.setattr(sys.modules[__name__], 'ONLINE', teachers.online(in_blocks(TEACHER)))
+  monkeypatch.setattr(sys.modules[__name__], 'MODEL', in_blocks(MODEL))
+  state, seen = run(SOURCES[name](), 3, chunk=16)
+  close(state.params, whole[0].params, 1e-5)
+  close(seen, whole[1], 1e-4)
 
 
 def test_memory_of_a_step_with_a_teacher_is_an_eighth_of_dense():
