@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from fakes import arms_of, summary
 
-from experiments import domains, one_shot, sparse_or_small, which_layers
+from experiments import domains, one_shot, sparse_or_small, which_layers, width_or_depth
 from slm_jax.ablate.results import Row
-from slm_jax.config import flatten
+from slm_jax.config import flatten, override
 from slm_jax.model.flops import flops_per_token, parameter_count
 
-QUESTIONS = (one_shot, sparse_or_small, which_layers, domains)
+QUESTIONS = (one_shot, sparse_or_small, which_layers, domains, width_or_depth)
 
 
 def verdicts(module, loss):
@@ -29,7 +29,7 @@ def test_arms_of_a_question_expand_with_their_parents_before_them(module):
   arms = arms_of(module)
   ids = [arm.arm_id for arm in arms]
   assert all(ids.index(parent) < i for i, arm in enumerate(arms) for parent in arm.parents.values())
-  assert {arm.config.train.steps > 0 for arm in arms if arm.name.startswith(('dense', 'small'))} >= {True}
+  assert {arm.config.train.steps > 0 for arm in arms if arm.name.startswith(('dense', 'small', 'parent'))} >= {True}
   assert all(arm.config.init.arm for arm in arms if arm.config.train.steps == 0)
   assert module.BASELINE in {arm.name for arm in arms}
 
@@ -86,3 +86,16 @@ def test_domains():
 
   assert verdicts(domains, loss) == ['REPRODUCED'] * 4
   assert verdicts(domains, lambda name: loss(name, 0.1)) == ['NOT REPRODUCED'] * 4
+
+
+def test_width_or_depth():
+  shapes = [override(width_or_depth.config(), shape).model for shape in width_or_depth.SHAPES.values()]
+  sizes = [parameter_count(shape) for shape in shapes]
+  assert max(sizes) / min(sizes) < 1.005, 'the same parameters'
+  right = {'parent': 0.5, 'depth, KD': 0.7, 'width, KD': 0.65, 'stream, KD': 0.72}
+  right |= {name: 2.0 for shape in width_or_depth.SHAPES for name in (f'{shape}, cut', f'{shape}, scratch')}
+  assert verdicts(width_or_depth, right.__getitem__) == ['REPRODUCED'] * 5
+  wrong = {**right, 'width, KD': 0.75, **{f'{shape}, scratch': 0.76 for shape in width_or_depth.SHAPES}}
+  assert verdicts(width_or_depth, wrong.__getitem__) == ['NOT REPRODUCED'] * 5
+  cut = [arm.config for arm in arms_of(width_or_depth) if arm.name.endswith(('cut', 'KD'))]
+  assert all(c.init.arm and c.init.by == 'activations' for c in cut)
