@@ -53,7 +53,7 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
       pruned = f'{way} {share:.0%}'
       once = dataclasses.replace(spec, sparsity=share)
       yield {'name': pruned, 'init.arm': 'dense', 'init.sparse': once, 'train.steps': 0}
-      kept = Prune(share, ticket=pruned, start=1.0, end=1.0)
+      kept = Prune(0.0, ticket=pruned)
       again = {'init.arm': pruned, 'optim.learning_rate': rate}
       arms.append({'name': f'{pruned}, CE', 'transforms': (kept,), **again})
       if way != 'random':

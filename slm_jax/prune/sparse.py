@@ -2,7 +2,7 @@
 
     criterion -> select -> compensate, by statistics or gradients of calibration text; or SparseGPT, which does it all
 
-Recovery is another arm, which starts from this one and keeps its zeros (`Prune(ticket=...)`).
+Recovery is another arm, which starts from this one and keeps its zeros (`Prune(0.0, ticket=...)`).
 """
 
 import dataclasses

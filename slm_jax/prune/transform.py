@@ -40,7 +40,8 @@ class Prune(TransformConfig):
   A ticket (arXiv 1803.03635) is an arm whose finished model is sparse: what is zero there is masked here from the
   start. The weights are this arm's own: those it starts from with the ticket's seed (rewound to step 0), with another
   seed (the control), or, by `init.arm`, those of an arm that ended early (rewound to its last step) or of the ticket
-  itself (trained on).
+  itself (trained on). With a sparsity of 0 no more is pruned than the ticket is; with its own, what it lacks of that by
+  this arm's pattern and allocation is, in the end.
   """
 
   kind: ClassVar[str] = 'prune'

@@ -77,20 +77,22 @@ def test_a_ticket_finished_and_rewound(tmp_path, one_fake_device):
   once = Prune(0.5, allocation='global', start=1.0, end=1.0)
   parent = dataclasses.replace(small, transforms=(once,))
   child = dataclasses.replace(small, transforms=(dataclasses.replace(once, sparsity=0.75, ticket='parent'),))
+  same = dataclasses.replace(small, transforms=(Prune(0.0, ticket='parent', start=0.0, every=1),))
   assert arm_references(child) == [('transforms.prune.ticket', 'parent')]
   masks = []
-  for name, config in {'parent': parent, 'child': child}.items():
+  for name, config in {'parent': parent, 'child': child, 'same': same}.items():
     assert train.run(check(config), tmp_path, name) == 0
     params = load_model(tmp_path / 'arms' / name / 'model')[1]
     masks.append({n: np.asarray(w != 0) for n, w in matrices(params).items()})
   job = train.prepare(check(child), tmp_path, tmp_path)
   fresh = job.fresh(check(child))
-  old, new = masks
+  old, new, again = masks
+  equal(again, old)  # a sparsity of 0 prunes no more
   equal(matrices(fresh.slots['prune'].masks), old)
   plain = train.prepare(check(small), tmp_path, tmp_path).fresh(check(small))
   equal(fresh.params, plain.params)  # the weights are step 0's
   total = sum(m.size for m in old.values())
-  assert [sum(int(m.sum()) for m in one.values()) for one in masks] == [total // 2, total // 4]
+  assert [sum(int(m.sum()) for m in one.values()) for one in (old, new)] == [total // 2, total // 4]
   assert all((new[n] <= old[n]).all() for n in old)
 
 

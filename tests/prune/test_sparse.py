@@ -43,7 +43,7 @@ def workdir(tmp_path_factory):
   for name, how in {'halved': 'none', 'refitted': 'least_squares'}.items():
     arms[name] = override(dense, {**of, 'init.sparse': OneShot('magnitude', 0.5, compensate=how)})
   arms['global'] = override(dense, {**of, 'init.sparse': OneShot('obd', 0.75, allocation='global')})
-  recovery = {**PLAIN, 'init.arm': 'random', 'transforms': (Prune(0.75, ticket='random', start=1.0, end=1.0),)}
+  recovery = {**PLAIN, 'init.arm': 'random', 'transforms': (Prune(0.0, ticket='random'),)}
   arms['recovered'] = override(dense, {**recovery, 'train.steps': 20})
   for name, config in arms.items():
     assert train.run(override(config, {'name': name}), folder, name) == EXIT_DONE
