@@ -54,14 +54,16 @@ class InitConfig:
 
   arm: str = setting('', arm=True)
   # What stays of a larger one (slm_jax/prune/choose.py): by its weights; by activations on training text, their
-  # fluctuations (flap: heads and channels only) or the stream's principal directions (SliceGPT); or at random.
-  by: Literal['magnitude', 'activations', 'flap', 'principal', 'random'] = 'magnitude'
+  # fluctuations (flap: heads and channels only) or the stream's principal directions (SliceGPT); by what the gates of
+  # an arm with L0 (prune/l0.py) left open; or at random.
+  by: Literal['magnitude', 'activations', 'flap', 'principal', 'gates', 'random'] = 'magnitude'
   layers: tuple[int, ...] = ()  # that stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart
   sparse: OneShot = OneShot()
   sequences: int = 128  # of calibration text, at least: for what `by` and `sparse` read of it
 
   def check(self, key: str) -> None:
     require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')
+    require(self.by != 'gates' or not self.layers, f'{key}.layers={self.layers}: with {key}.by=gates they are learnt')
     pruned = self.sparse.criterion != 'none'
     require(bool(self.arm) or not pruned, f"{key}.arm='': name the trained arm that {key}.sparse is to prune")
 

@@ -3,8 +3,9 @@
     source, params, scores = ranked('activations', model, params, batches, seed)
     params = fit(params, source, target, scores)
 
-Scores come without data (`by_magnitude`, `at_random`) or from statistics of calibration text (`by_activations`,
-`by_fluctuation`); `ranked` also knows the width's principal directions, for which the model is rotated first.
+Scores come without data (`by_magnitude`, `by_gates`, `at_random`) or from statistics of calibration text
+(`by_activations`, `by_fluctuation`); `ranked` also knows the width's principal directions, for which the model is
+rotated first.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ from slm_jax.model.api import Model, Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import compensate, criteria, rotate
 from slm_jax.prune.cut import Kept, cut, heads
+from slm_jax.prune.l0 import exits
 from slm_jax.prune.matrices import matrices
 from slm_jax.prune.spec import Unit, size
 from slm_jax.prune.stats import Stats, collect_all
 
-By = Literal['magnitude', 'activations', 'flap', 'principal', 'random']
+By = Literal['magnitude', 'activations', 'flap', 'principal', 'gates', 'random']
 
 # What may differ between a model and one that is cut from it, beside the sizes of units.
 _FREE = ('n_layers', 'd_ff', 'n_heads', 'n_kv_heads', 'd_model', 'max_len', 'dtype', 'remat', 'unroll', 'init_std')
@@ -40,6 +42,7 @@ class Scores(NamedTuple):
   queries: np.ndarray  # [L,G,R]
   width: np.ndarray | None  # [D]; None: it cannot be cut
   layers: np.ndarray | None = None  # [L]; None: those that stay are spread evenly, from the first
+  exact: bool = False  # 1 for what stays and 0 for what goes: a smaller shape is to have as many
   means: dict[str, Any] | None = None  # [L,I] of inputs of 'o' and 'down', for the biases to take up; None: they do not
 
 
@@ -121,6 +124,47 @@ def by_fluctuation(config: ModelConfig, params: Params, stats: Stats) -> Scores:
   )
 
 
+def by_gates(config: ModelConfig, params: Params) -> Scores:
+  """What the gates of l0.py left open in a finished model: 1, and 0 where nothing is added to the residual stream.
+
+  All of any other model is open. `choose` wants a shape with exactly as many of each unit.
+  """
+  layers = {name: np.asarray(x) != 0 for name, x in params['layers'].items()}
+  out = exits(config)[0]
+  if out.endswith('norm'):
+    layers[out] = np.asarray(params['layers'][out]) + config.norm_offset != 0
+  shape = (config.n_layers, config.n_kv_heads)
+  heads_LH = layers['o'].any((2, 3))
+  return Scores(
+    channels=layers['down'].any(2),
+    groups=heads_LH.reshape(*shape, -1).any(2),
+    queries=heads_LH.reshape(*shape, -1),
+    width=(np.asarray(params['embed']['tokens']) != 0).any(0),
+    layers=layers[out].any(tuple(range(1, layers[out].ndim))),
+    exact=True,
+  )
+
+
+def check_gates(source: ModelConfig, target: ModelConfig, scores: Scores) -> None:
+  """ConfigError for a shape that is not the one which was learnt. Of closed layers, other units do not matter."""
+  assert scores.layers is not None
+  alive = np.asarray(scores.layers, bool)
+  found = {
+    'layers': {int(alive.sum())},
+    'width': {int(np.asarray(scores.width).sum())},
+    'channels': set(scores.channels[alive].sum(-1).tolist()),
+    'groups': set(scores.groups[alive].sum(-1).tolist()),
+  }
+  for unit, counts in found.items():
+    wanted = size(target, unit)  # type: ignore[arg-type]
+    shown = ' or '.join(map(str, sorted(counts)))
+    require(
+      counts == {wanted},
+      f'init.by=gates: {shown} of {size(source, unit)} {unit} are open in the arm it is cut from, '  # type: ignore[arg-type]
+      f'and {wanted} are to stay; allowed: {shown}',
+    )
+
+
 def ranked(
   by: By, model: Model, params: Params, batches: Iterable[Any], seed: int
 ) -> tuple[ModelConfig, Params, Scores]:
@@ -132,6 +176,8 @@ def ranked(
   config = model.config
   if by == 'magnitude':
     return config, params, by_magnitude(config, params)
+  if by == 'gates':
+    return config, params, by_gates(config, params)
   if by == 'random':
     return config, params, at_random(config, seed)
   batches = list(batches)
@@ -173,6 +219,8 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Seq
     f'init.by=flap: does not tell channels of the residual stream apart, and model.d_model={target.d_model} is less '
     f'than {source.d_model} of the arm it is cut from; allowed: magnitude, activations, principal, random',
   )
+  if scores.exact:
+    check_gates(source, target, scores)
   even = np.zeros(source.n_layers)
   even[[i * source.n_layers // target.n_layers for i in range(target.n_layers)]] = 1
   by_unit: dict[Unit, Any] = {
@@ -204,7 +252,7 @@ def of_tokens(config: ModelConfig, params: Params, kept: np.ndarray, vocab_size:
 
 def best(scores: np.ndarray, n: int) -> np.ndarray:
   """Indices of the n largest along the last axis, increasing."""
-  return np.sort(np.argsort(-scores, axis=-1, kind='stable')[..., :n], axis=-1)
+  return np.sort(np.argsort(-np.asarray(scores, np.float64), axis=-1, kind='stable')[..., :n], axis=-1)
 
 
 def fit(params: Params, source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Params:

@@ -1,16 +1,24 @@
-"""Which channels and heads stay, learnt along with the weights: hard-concrete gates with a target shape.
+"""What stays of a model, learnt along with its weights: hard-concrete gates with a target shape.
 
     z = clip(s (zeta - gamma) + gamma, 0, 1),   s = sigmoid((log u - log(1 - u) + log_alpha) / beta),  u ~ U(0, 1)
-    P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)),   beta = 2/3, gamma = -0.1, zeta = 1.1
+    P(z > t) = sigmoid(log_alpha - beta log((t - gamma) / (zeta - t))), 0 <= t < 1;  beta = 2/3, gamma = -.1, zeta = 1.1
 
-(Louizos et al., arXiv 1712.01312.) A gate multiplies what a feed-forward channel, or the heads of a key/value group,
-add to the residual stream. In each layer the expected share of open gates, s', is held to a target s by a Lagrangian,
-lambda_1 (s' - s) + lambda_2 (s' - s)^2, whose multipliers ascend (Sheared LLaMA, arXiv 2310.06694); the target comes
-down from 1 linearly. The finished model has exactly the target's channels and groups in each layer, the others are
-zero: an arm of that shape with `init.arm` cuts them out."""
+(Louizos et al., arXiv 1712.01312.) A gate multiplies what its unit adds to the residual stream:
+
+    channels   of the feed-forward block, [L,F]                          rows of down
+    groups     of attention: a key/value head and its queries, [L,G]     rows of o
+    layers     [1,L]                     o and down, their biases; with norms after blocks, the gains of those
+    width      channels of the stream itself, [1,D]     columns of all that writes to it: embeddings, o, down, biases
+
+The expected share of open gates, s' (of each layer's, where a unit is of a layer), is held to a target s by a
+Lagrangian, lambda_1 (s' - s) + lambda_2 (s' - s)^2, whose multipliers ascend (Sheared LLaMA, arXiv 2310.06694); the
+target comes down from 1 linearly. The finished model has exactly the target's shape, what else there is is zero: an arm
+of that shape with `init.arm` and `init.by=gates` cuts it out. An RMS norm over a stream of which channels are closed
+divides by all of them, open or not, as it does while it is trained; the cut puts that into the gains (`cut.cut`)."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,65 +26,75 @@ import jax.numpy as jnp
 
 from slm_jax.config import require, setting
 from slm_jax.losses import Term
+from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
+from slm_jax.prune.spec import Unit, size
 from slm_jax.step import Resources, Transform, TransformConfig
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 STIFF = 100.0  # lambda_2 at the start (0 in the paper): without it, the share swings far beyond its target
 OPEN = 3.0  # log_alpha at the start: nine gates of ten are 1, or nearly so
-_AXES = {
-  'channels': ('down', 1),
-  'groups': ('o', 1),
-}  # the matrix whose rows a unit's gate multiplies; axis of the unit
+LEAST = 1e-3  # of a gate that stays in the finished model: so it can be told from one that goes
+UNITS: tuple[Unit, ...] = ('channels', 'groups', 'layers', 'width')
+_OF_LAYERS = ('channels', 'groups')  # each layer has its own; the others are of the whole model
 
 
 @dataclasses.dataclass(frozen=True)
 class L0(TransformConfig):
-  """Learn which feed-forward channels and key/value groups stay."""
+  """Learn which feed-forward channels, key/value groups, layers and channels of the residual stream stay."""
 
   kind: ClassVar[str] = 'l0'
   online: ClassVar[bool] = False
   channels: float = setting(0.5, traced=False)  # share that stays in each layer
   groups: float = setting(1.0, traced=False)
+  layers: float = setting(1.0, traced=False)
+  width: float = setting(1.0, traced=False)
   warm: float = 0.5  # share of the steps over which the target comes down
   rate: float = setting(10.0, traced=True)  # learning rate of gates and multipliers, as a multiple of the model's
 
   def check(self, key: str) -> None:
-    for name in ('channels', 'groups'):
+    for name in UNITS:
       require(0 < getattr(self, name) <= 1, f'{key}.{name}={getattr(self, name)}: must lie in (0, 1]')
-    require(self.channels < 1 or self.groups < 1, f'{key}.channels=1, groups=1: nothing is to go')
+    require(any(getattr(self, name) < 1 for name in UNITS), f'{key}.{"=1, ".join(UNITS)}=1: nothing is to go')
     require(0 < self.warm <= 1, f'{key}.warm={self.warm}: must lie in (0, 1]')
     require(self.rate > 0, f'{key}.rate={self.rate}: must be positive')
 
   def check_in(self, config: Any, key: str) -> None:
-    for unit, left in counts(config.model, self).items():
-      require(left > 0, f'{key}.{unit}={getattr(self, unit)}: leaves none of them in a layer')
+    model = config.model
+    for unit, left in counts(model, self).items():
+      require(left > 0, f'{key}.{unit}={getattr(self, unit)}: leaves none of them{_where(unit)}')
+    what = f'{key}.width={self.width}: cannot be cut out of a model with'
+    require(self.width == 1 or model.norm == 'rms', f'{what} model.norm={model.norm}; allowed: rms')
+    require(self.width == 1 or not model.mup_base_width, f'{what} muP; allowed: model.mup_base_width=0')
+    require(
+      self.layers == 1 or not model.window,
+      f'{key}.layers={self.layers}: layers that go would change which are local (model.window={model.window}); '
+      'allowed: 1',
+    )
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     left = counts(resources.model.config, self)
     return l0(resources.model.config, left, self.rate, max(1, int(self.warm * resources.steps))), {}
 
 
-def counts(config: ModelConfig, spec: L0) -> dict[str, int]:
-  """How many of each unit stay in a layer; units of which all do are left out."""
-  total = {'channels': config.d_ff, 'groups': config.n_kv_heads}
-  return {unit: round(getattr(spec, unit) * n) for unit, n in total.items() if getattr(spec, unit) < 1}
+def counts(config: ModelConfig, spec: L0) -> dict[Unit, int]:
+  """How many of each unit stay; units of which all do are left out."""
+  return {unit: round(getattr(spec, unit) * size(config, unit)) for unit in UNITS if getattr(spec, unit) < 1}
 
 
-def l0(config: ModelConfig, left: dict[str, int], rate: float, warm: int) -> Transform:
+def l0(config: ModelConfig, left: Mapping[Unit, int], rate: float, warm: int) -> Transform:
   """Gates and multipliers are trained with the parameters, as params['l0'], at `l0.rate` times the learning rate.
 
   left: how many of each unit stay. warm: steps over which the target comes down. Logs 'l0_<unit>', the expected share
   of open gates; its Lagrangian is in the objective.
   """
-  total = {'channels': config.d_ff, 'groups': config.n_kv_heads}
+  shapes = {unit: (config.n_layers if unit in _OF_LAYERS else 1, size(config, unit)) for unit in left}
 
   def extra(key, params):
-    gates = {unit: jnp.full((config.n_layers, total[unit]), OPEN) for unit in left}
     return {
-      'log_alpha': gates,
-      'multipliers': {unit: jnp.tile(jnp.array([0.0, STIFF]), (config.n_layers, 1)) for unit in left},
+      'log_alpha': {unit: jnp.full(shape, OPEN) for unit, shape in shapes.items()},
+      'multipliers': {unit: jnp.tile(jnp.array([0.0, STIFF]), (rows, 1)) for unit, (rows, _) in shapes.items()},
     }
 
   def view(slot, params, context):
@@ -90,11 +108,11 @@ def l0(config: ModelConfig, left: dict[str, int], rate: float, warm: int) -> Tra
       come = jnp.minimum(context.step / warm, 1.0)
       one = jnp.float32(1)
       for unit, n in left.items():
-        share_L = open_share(learnt['log_alpha'][unit])
-        off_L = share_L - (1 - come * (1 - n / total[unit]))
-        ascent_L2 = 2 * jax.lax.stop_gradient(learnt['multipliers'][unit]) - learnt['multipliers'][unit]
-        penalty = (ascent_L2[:, 0] * off_L + ascent_L2[:, 1] * off_L**2).sum()
-        terms = {**terms, f'l0_{unit}': Term(share_L.mean(), one, 0.0), f'l0_{unit}_penalty': Term(penalty, one, 1.0)}
+        share_R = open_share(learnt['log_alpha'][unit])
+        off_R = share_R - (1 - come * (1 - n / shapes[unit][1]))
+        ascent_R2 = 2 * jax.lax.stop_gradient(learnt['multipliers'][unit]) - learnt['multipliers'][unit]
+        penalty = (ascent_R2[:, 0] * off_R + ascent_R2[:, 1] * off_R**2).sum()
+        terms = {**terms, f'l0_{unit}': Term(share_R.mean(), one, 0.0), f'l0_{unit}_penalty': Term(penalty, one, 1.0)}
       return terms
 
     return with_lagrangian
@@ -112,29 +130,58 @@ def drawn(log_alpha: jax.Array, key: jax.Array) -> jax.Array:
   return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + log_alpha) / BETA))
 
 
-def settled(log_alpha_LN: jax.Array, n: int) -> jax.Array:
-  """z without noise, of the n of each layer that are the most open; the others are 0. Of equal ones the first stay."""
-  _, best_Ln = jax.lax.top_k(log_alpha_LN, n)
-  there = jnp.zeros(log_alpha_LN.shape, bool).at[jnp.arange(len(log_alpha_LN))[:, None], best_Ln].set(True)
-  return jnp.where(there, _stretched(jax.nn.sigmoid(log_alpha_LN)), 0.0)
+def settled(log_alpha_RN: jax.Array, n: int) -> jax.Array:
+  """z without noise, of the n of each row that are the most open; the others are 0. Of equal ones the first stay."""
+  _, best_Rn = jax.lax.top_k(log_alpha_RN, n)
+  there = jnp.zeros(log_alpha_RN.shape, bool).at[jnp.arange(len(log_alpha_RN))[:, None], best_Rn].set(True)
+  return jnp.where(there, jnp.maximum(_stretched(jax.nn.sigmoid(log_alpha_RN)), LEAST), 0.0)
 
 
 def _stretched(s: jax.Array) -> jax.Array:
   return jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
-def open_share(log_alpha_LN: jax.Array) -> jax.Array:
-  """[L], the mean of P(z > 0)."""
-  return jax.nn.sigmoid(log_alpha_LN - BETA * math.log(-GAMMA / ZETA)).mean(-1)
+def open_share(log_alpha_RN: jax.Array) -> jax.Array:
+  """[R], the mean of P(z > 0)."""
+  return jax.nn.sigmoid(log_alpha_RN - BETA * math.log(-GAMMA / ZETA)).mean(-1)
 
 
-def gated(config: ModelConfig, params: Params, gates: dict[str, jax.Array]) -> Params:
-  """The parameters with the rows of down and o that belong to a unit times its gate."""
-  layers = dict(params['layers'])
-  for unit, z_LN in gates.items():
-    name, axis = _AXES[unit]
-    if unit == 'groups':
-      z_LN = jnp.repeat(z_LN, config.n_heads // config.n_kv_heads, axis=1)
-    z = jnp.expand_dims(z_LN, range(axis + 1, layers[name].ndim))
-    layers[name] = (layers[name] * z).astype(layers[name].dtype)
-  return {**params, 'layers': layers}
+def gated(config: ModelConfig, params: Params, gates: Mapping[Unit, jax.Array]) -> Params:
+  """The parameters with what each unit adds to the residual stream times its gate; gates: [L,N], [1,N] by unit."""
+  embed, layers, table = dict(params['embed']), dict(params['layers']), decoder.letters(config)
+  out = [name for name in ('o', 'down', 'o_bias', 'down_bias') if name in layers]
+
+  def times(tree: Params, name: str, axes: str, letters: str, z: jax.Array) -> None:
+    """z: [n] of one letter, or [L,n] of two, which stand in this order among the axes of the parameter."""
+    shape = [n if letter in letters else 1 for letter, n in zip(axes, tree[name].shape, strict=True)]
+    tree[name] = (tree[name] * z.reshape(shape)).astype(tree[name].dtype)
+
+  if 'channels' in gates:
+    times(layers, 'down', table['layers']['down'], 'LF', gates['channels'])
+  if 'groups' in gates:
+    of_heads = jnp.repeat(gates['groups'], size(config, 'queries'), axis=1)
+    times(layers, 'o', table['layers']['o'], 'LH', of_heads)
+  if 'width' in gates:
+    for name in embed:
+      times(embed, name, table['embed'][name], 'D', gates['width'][0])
+    for name in out:
+      times(layers, name, table['layers'][name], 'D', gates['width'][0])
+  if 'layers' in gates:
+    z_L = gates['layers'][0]
+    for name in exits(config):
+      offset = config.norm_offset if name.endswith('norm') else 0.0
+      layers[name] = layers[name] + offset
+      times(layers, name, table['layers'][name], 'L', z_L)
+      layers[name] = layers[name] - offset
+  return {**params, 'embed': embed, 'layers': layers}
+
+
+def exits(config: ModelConfig) -> list[str]:
+  """The parameters of a layer that what it adds to the residual stream is proportional to: 0 in them, it adds none."""
+  names = list(decoder.letters(config)['layers'])
+  ends = ('attn_post_norm', 'mlp_post_norm') if config.post_norms else ('o', 'down')
+  return [name for name in names if name.removesuffix('_bias') in ends]
+
+
+def _where(unit: Unit) -> str:
+  return ' in a layer' if unit in _OF_LAYERS else ''
