@@ -53,6 +53,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   # ---- what is asked for
   overrides, rest = split_overrides(argv)
   options = parse(rest, experiment_name(module))
+  if options.profile:
+    overrides['run.profile'] = options.profile
   if options.help:
     print(help_text(module, options))
     return EXIT_DONE
@@ -272,6 +274,8 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
     0,
     flag_values=values,
   )
+  text = 'FIRST,LAST: take an XProf trace of these steps of each arm (--config.run.profile)'
+  flags.DEFINE_string('profile', '', text, flag_values=values)
   flags.DEFINE_bool('fail_fast', False, 'stop at the first arm that fails', flag_values=values)
   budgets.define(values)
   flags.DEFINE_bool('help', False, 'show this', short_name='h', flag_values=values)

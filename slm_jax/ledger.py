@@ -1,11 +1,11 @@
-"""The books of a run: tokens and seconds, metrics one step late, NaN noticed, progress shown."""
+"""The books of a run: tokens, seconds and what they went to; metrics one step late, NaN noticed, progress shown."""
 
 import contextlib
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from tqdm import tqdm
@@ -13,6 +13,11 @@ from tqdm import tqdm
 from slm_jax import distributed, energy, perf
 from slm_jax.experiment import Config
 from slm_jax.metrics import MetricLog
+
+# Where the wall time of an arm goes, over all its restarts (see `goodput`). data: the loop waits for a batch.
+Phase = Literal['compile', 'step', 'data', 'eval', 'checkpoint']
+# Not in `seconds`: before the loop; steps whose results were lost and that are taken again; when no process ran.
+BESIDE = ('start', 'redone', 'down')
 
 
 class NotFinite(ArithmeticError):
@@ -34,14 +39,22 @@ class Ledger:
     step: int,
     record: Mapping[str, Any],
     share: float = 1.0,
+    starting: float = 0.0,
   ):
-    """share: of the wall time that is booked; 1/n for one of n arms that train in one program."""
+    """share: of the wall time that is booked; 1/n for one of n arms that train in one program.
+
+    starting: seconds that this process took before the loop.
+    """
     self._share = share
     self._log, self._every = log, config.run.log_every
     self._flops, self._peak = flops_per_token, perf.peak_flops()[0]
     self._tokens, self._seconds = record.get('tokens', 0.0), record.get('seconds', 0.0)
     self._best: float | None = record.get('best')
     self._usage = energy.Usage(record, share)
+    self._spent = {phase: 0.0 for phase in (*get_args(Phase), *BESIDE)} | record.get('spent', {})
+    self._spent['start'] += share * starting
+    self._spent['redone'] += max(log.seconds - self._seconds, 0.0)
+    self._spent['down'] += share * max(log.silent - starting, 0.0)
     self._pending: tuple[int, Any] | None = None
     self._since = time.perf_counter()
     self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
@@ -65,8 +78,8 @@ class Ledger:
 
   def record(self) -> dict[str, Any]:
     """What a checkpoint remembers of it."""
-    self._tick(training=True)
-    used = {'tokens': self._tokens, 'seconds': self._seconds, **self._usage.record()}
+    self._tick('step')
+    used = {'tokens': self._tokens, 'seconds': self._seconds, 'spent': dict(self._spent), **self._usage.record()}
     return {**used, 'best': self._best}
 
   def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -81,7 +94,7 @@ class Ledger:
     step, metrics = self._pending
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    self._tick(training=self._compiled)
+    self._tick('step' if self._compiled else 'compile')
     self._tokens += values['tokens']
     self._window[0] += values['tokens'] * self._compiled
     self._compiled = True
@@ -98,28 +111,39 @@ class Ledger:
       raise NotFinite(f'step {step}: {" and ".join(bad)} not finite; the last good checkpoint is kept')
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Time in here counts for the run, but not for its speed."""
-    self._tick(training=True)
+  def phase(self, phase: Phase) -> Iterator[None]:
+    """Time in here goes to that; only steps and data count for the speed."""
+    self._tick('step')
     try:
       yield
     finally:
-      self._tick(training=False)
+      self._tick(phase)
 
   def evaluated(self, step: int, results: Mapping[str, float]) -> float | None:
     """Writes an evaluation; returns its loss if it is the lowest so far."""
-    self._tick(training=False)
+    self._tick('eval')
     self._log.write(step, 'eval', {**results, 'tokens': self._tokens, 'seconds': self._seconds})
     if self._best is not None and not results['loss'] < self._best:
       return None
     self._best = results['loss']
     return self._best
 
-  def _tick(self, training: bool) -> None:
+  def _tick(self, phase: Phase) -> None:
     now = time.perf_counter()
     self._usage.tick(now - self._since)
     passed = self._share * (now - self._since)
     self._seconds += passed
-    if training:
+    self._spent[phase] += passed
+    if self._compiled and phase in ('step', 'data'):
       self._window[1] += passed
     self._since = now
+
+
+def goodput(record: Mapping[str, Any]) -> dict[str, float]:
+  """Share of all wall time that went into steps which count, and the seconds of each phase; record: of `Ledger`.
+
+  Down: from the last line that an earlier process left in the log until this one began.
+  """
+  spent = record['spent']
+  total = sum(spent.values())
+  return {'goodput': spent['step'] / total if total else 0.0, **{f'seconds_{name}': x for name, x in spent.items()}}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ class MetricLog:
   """
 
   def __init__(self, path: Path, step: int, sinks: tuple[Sink, ...], warn: Callable[[str], None]):
-    """Lines of steps after `step`, from which a run goes on, are dropped: they are about to be written again."""
-    evaluated = distributed.on_main(_cut_back, path, step)
+    """Lines of steps after `step`, from which a run goes on, are dropped: they are about to be written again.
+
+    seconds: what the last line that an earlier process wrote says; silent: how long ago that was.
+    """
+    evaluated, self.seconds, self.silent = distributed.on_main(_cut_back, path, step)
     self.evaluated = {line['step']: line for line in evaluated}
     where = path if distributed.is_main() else os.devnull
     self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
@@ -58,11 +62,13 @@ class MetricLog:
     self._file.close()
 
 
-def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-  """Drops the lines of later steps; returns the evaluations among the others."""
-  kept = [line for line in read(path) if line['step'] <= step]
+def _cut_back(path: Path, step: int) -> tuple[list[dict[str, Any]], float, float]:
+  """Drops the lines of later steps; (evaluations among the others, seconds of the last line of all, its age)."""
+  lines = list(read(path))
+  age = time.time() - path.stat().st_mtime if lines else 0.0
+  kept = [line for line in lines if line['step'] <= step]
   write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
-  return [line for line in kept if line['kind'] == 'eval']
+  return [line for line in kept if line['kind'] == 'eval'], lines[-1].get('seconds') or 0.0 if lines else 0.0, age
 
 
 def sinks(config: Any, folder: Path, arm_id: str) -> tuple[Sink, ...]:

@@ -8,6 +8,7 @@ metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ import jax
 from absl import logging
 
 from slm_jax import config as configs
-from slm_jax import distributed, energy, evaluate, metrics, perf, sharding
+from slm_jax import distributed, energy, evaluate, metrics, observe, perf, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors, write_json
-from slm_jax.ledger import Ledger
+from slm_jax.ledger import Ledger, goodput
 from slm_jax.losses import Terms
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
@@ -67,6 +68,7 @@ class Job(NamedTuple):
   witnesses: Callable[[], Mapping[str, Any]]  # what that needs beside `frozen`
   place: Place  # a batch onto the devices
   flops: float  # a trained token, teachers included
+  began: float  # time.perf_counter() when there was nothing of it yet
 
 
 def run(config: Config, workdir: Path, arm_id: str) -> int:
@@ -101,6 +103,7 @@ def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
 
 def prepare(config: Config, workdir: Path, folder: Path) -> Job:
   """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
+  began = time.perf_counter()
   dataset, mesh = inputs(config, workdir)
 
   def model(arm_id: str) -> tuple[Model, Params]:
@@ -108,7 +111,7 @@ def prepare(config: Config, workdir: Path, folder: Path) -> Job:
     return decoder.build(model_config), params
 
   others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model', dataset.tokenizer))
-  return assemble(config, folder, dataset, mesh, others, workdir / 'data')
+  return assemble(config, folder, dataset, mesh, others, workdir / 'data')._replace(began=began)
 
 
 def assemble(
@@ -185,6 +188,7 @@ def assemble(
     witnesses=transform.witnesses,
     place=sharding.placer(mesh),
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
+    began=time.perf_counter(),
   )
 
 
@@ -236,21 +240,29 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
     step = int(state.step)
     sinks = metrics.sinks(config, job.folder, arm_id)
     log = metrics.MetricLog(job.folder / 'metrics.jsonl', step, sinks, logging.warning)
-    ledger = Ledger(log, config, job.flops, step, record)
+    ledger = Ledger(log, config, job.flops, step, record, starting=time.perf_counter() - job.began)
+    trace = observe.Trace(job.folder / 'profile', config.run.profile)
+    if config.run.dump:
+      observe.dump(job.folder / 'hlo', take, (job.abstract, abstract_batch(job), job.frozen))
 
     def save(loss: float | None = None) -> None:
       ledger.settle()  # a state whose loss is not finite is never saved
-      with ledger.paused():
+      with ledger.phase('checkpoint'):
         checkpoints.save(step, state, ledger.record(), loss)
 
     # ---- the loop
     try:
-      with jax.transfer_guard('disallow'), ledger, job.dataset.batches(step, config.run.prefetch, job.place) as batches:
+      with (
+        jax.transfer_guard('disallow'),
+        ledger,
+        trace,
+        job.dataset.batches(step, config.run.prefetch, job.place) as batches,
+      ):
         while True:
           best = None
           if (step % config.eval.every == 0 or step == steps) and step not in log.evaluated:
             ledger.settle()
-            with ledger.paused():
+            with ledger.phase('eval'):
               results = evaluate.evaluate(measure, final(state), valid_batches(job), stop.check)
               best = ledger.evaluated(step, results)  # the loss, if it is the lowest so far
           if best is not None or step % checkpoint_every == 0 or step == steps:
@@ -258,7 +270,10 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
           if step == steps:
             break
           stop.check()
-          state, measured = take(state, next(batches), job.frozen)
+          with ledger.phase('data'):
+            batch = next(batches)
+          trace.at(step, state)
+          state, measured = take(state, batch, job.frozen)
           step += 1
           ledger.add(step, measured)  # reads the step before this one: the device never waits for the host
     except Preempted:
@@ -296,16 +311,20 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
     **zeros.total(params),
     'steps': config.train.steps,
     **energy.bill(results, config.run.price),
+    **goodput(results),
+    'peak_bytes': observe.peak_bytes(),
   }
 
 
 def hardware_flops(job: Job) -> float:
   """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
-  rows = job.config.data.batch_size
-  batch = {
-    name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype) for name, entry in job.dataset.batch(0).items()
-  }
-  return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, batch, job.frozen))
+  return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, abstract_batch(job), job.frozen))
+
+
+def abstract_batch(job: Job) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a batch of all hosts together."""
+  rows, batch = job.config.data.batch_size, job.dataset.batch(0)
+  return {name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype) for name, entry in batch.items()}
 
 
 def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:

@@ -33,6 +33,7 @@ FLOORS = [
     'slm_jax.metrics',
     'slm_jax.checkpoint',
     'slm_jax.ledger',
+    'slm_jax.observe',
     'slm_jax.evaluate',
     'slm_jax.record',
   ],

@@ -21,7 +21,8 @@ def groups(arms: 'Mapping[str, Config]') -> list[list[str]]:
   """Arm ids, in groups that can be populations: of one static key, and with as many arms for each order of the data."""
   orders: dict[tuple[str, int], list[str]] = {}
   for arm_id, config in arms.items():
-    key = static_key(config) if config.run.population else arm_id
+    alone = not config.run.population or config.run.profile or config.run.dump
+    key = arm_id if alone else static_key(config)
     orders.setdefault((key, config.data.seed), []).append(arm_id)
   found: dict[tuple[str, int], list[str]] = {}
   for (key, _), members in orders.items():

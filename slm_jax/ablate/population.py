@@ -8,6 +8,7 @@ equally.
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from slm_jax.data.batches import Prefetch
 from slm_jax.data.dataset import open_data
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors
-from slm_jax.ledger import Ledger, NotFinite
+from slm_jax.ledger import Ledger, NotFinite, Phase
 from slm_jax.preempt import EXIT_PREEMPTED, Preempted, Preemption
 from slm_jax.record import Record
 from slm_jax.step import TrainState
@@ -54,7 +55,9 @@ class Member:
     sinks = metrics.sinks(self.config, self.folder, self.arm_id)
     self.log = metrics.MetricLog(self.folder / 'metrics.jsonl', step, sinks, logging.warning)
     files.callback(self.log.close)
-    self.ledger = files.enter_context(Ledger(self.log, self.config, self.job.flops, step, remembered, self._share))
+    starting = time.perf_counter() - self.job.began
+    books = Ledger(self.log, self.config, self.job.flops, step, remembered, self._share, starting)
+    self.ledger = files.enter_context(books)
 
   def add(self, step: int, measured: Mapping[str, Any]) -> None:
     """Books a step; a loss that is not finite ends this arm, with its last good checkpoint, and no other."""
@@ -224,7 +227,7 @@ def train(
 
   def save(chosen: Collection[str], best: Mapping[str, float]) -> None:
     settle()
-    with paused(members):
+    with phase('checkpoint', members):
       for member in alive(members):
         if member.arm_id in chosen:
           member.checkpoints.save(step, program.one(state, member.at), member.ledger.record(), best.get(member.arm_id))
@@ -237,7 +240,7 @@ def train(
         due = [step not in member.log.evaluated for member in alive(members)]
         if (step % config.eval.every == 0 or step == steps) and any(due):
           settle()
-          with paused(members):
+          with phase('eval', members):
             best = evaluation()
         chosen = everyone if step % checkpoint_every == 0 or step == steps else list(best)
         if chosen:
@@ -245,7 +248,9 @@ def train(
         if step == steps:
           break
         stop.check()
-        state, measured = program.step(state, next(batches), job.frozen)
+        with phase('data', members):
+          rows = next(batches)
+        state, measured = program.step(state, rows, job.frozen)
         step += 1
         settle()
         pending = (step, measured)
@@ -260,8 +265,8 @@ def alive(members: Sequence[Member]) -> list[Member]:
 
 
 @contextlib.contextmanager
-def paused(members: Sequence[Member]) -> Iterator[None]:
+def phase(name: Phase, members: Sequence[Member]) -> Iterator[None]:
   with contextlib.ExitStack() as ledgers:
     for member in alive(members):
-      ledgers.enter_context(member.ledger.paused())
+      ledgers.enter_context(member.ledger.phase(name))
     yield

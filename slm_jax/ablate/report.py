@@ -23,6 +23,8 @@ COSTS = (
   ('pipeline FLOPs', 'pipeline_flops', ''),
   ('hardware FLOPs', 'hardware_flops', ''),
   ('seconds', 'seconds', ',.0f'),
+  ('goodput', 'goodput', '.0%'),
+  ('peak memory, bytes', 'peak_bytes', ''),
   ('chip-hours', 'chip_hours', ',.3g'),
   ('dollars', 'dollars', ',.2f'),
   ('joules, measured', 'joules', ''),
