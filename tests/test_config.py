@@ -185,6 +185,7 @@ def _another(config: Config, key: str, value: Any) -> Any:
     'top_k',
     'random',
     'global',
+    'mean_shift',
     'other',
   ):
     try:
