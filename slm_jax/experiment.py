@@ -4,6 +4,7 @@ Each section stands beside the code that reads it; this module only puts them to
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from slm_jax import chips
@@ -13,6 +14,7 @@ from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig
 from slm_jax.prune import rotate
+from slm_jax.prune.choose import check_shape
 from slm_jax.prune.sparse import OneShot
 from slm_jax.step import TransformConfig
 
@@ -72,6 +74,12 @@ class InitConfig:
     if self.arm and self.by == 'principal':
       rotate.check(model, f'{key}.by=principal')
     self.sparse.check_model(model, f'{key}.sparse')
+
+  def check_parent(self, parent: ModelConfig, model: ModelConfig) -> None:
+    """ConfigError for a model that cannot be cut out of the parent's, whose tokens may be more, and others."""
+    tied = parent.tied and self.by != 'principal'  # which unties it
+    source = dataclasses.replace(parent, vocab_size=min(parent.vocab_size, model.vocab_size), tied=tied)
+    check_shape(source, model, self.layers, width=self.by != 'flap')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +142,8 @@ class Config:
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')
     for transform in self.transforms:
       transform.check_in(self, f'{key}.transforms.{transform.kind}')
+
+  def check_parents(self, parents: Mapping[str, 'Config']) -> None:
+    """ConfigError for an arm that cannot be made of those which it names: {dotted key: the arm's configuration}."""
+    if 'init.arm' in parents:
+      self.init.check_parent(parents['init.arm'].model, self.model)

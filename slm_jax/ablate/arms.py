@@ -235,14 +235,19 @@ def link(configs: 'Sequence[Config]', names: Sequence[str], changes: Sequence[Ch
         'arms depend on each other: ' + ' -> '.join(repr(names[j]) for j in (*path[path.index(i) :], i))
       )
     if i not in done:
-      ids, groups = {}, {}
+      ids, groups, parents = {}, {}, {}
       for key, wanted in arm_references(configs[i]):
         found = {parent.arm_id: parent for parent in (visit(j, (*path, i)) for j in candidates(i, key, wanted))}
         if len(found) > 1:
           raise ConfigError(
             f'{key}={wanted!r} (in the arm {names[i]!r}): could be any of {len(found)} arms of that name'
           )
-        ids[key], groups[key] = next((p.arm_id, p.group) for p in found.values())
+        (parent,) = found.values()
+        ids[key], groups[key], parents[key] = parent.arm_id, parent.group, parent.config
+      try:
+        configs[i].check_parents(parents)
+      except ConfigError as error:
+        raise ConfigError(f'{error} (in the arm {names[i]!r})') from None
       config = override(configs[i], ids)
       group = identity(override(config, {**groups, **dict.fromkeys(SEEDS, 0)}))
       done[i] = Linked(identity(config), group, config, ids)

@@ -9,6 +9,7 @@ rotated first.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -191,17 +192,18 @@ def ranked(
   return config, params, scores
 
 
-def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Kept:
-  """The units with the highest scores, as many as the target has; of equal ones the first. layers: those that stay.
+def check_shape(source: ModelConfig, target: ModelConfig, layers: Sequence[int] = (), width: bool = True) -> None:
+  """ConfigError for a model that cannot be cut out of another one, by their configurations alone.
 
-  ConfigError if the models differ in anything else, or if the target is larger.
+  layers: those that stay, if they are named. width: whether anything tells channels of the residual stream apart.
   """
   for name in ('n_layers', 'd_ff', 'n_heads', 'n_kv_heads', 'd_model', 'max_len'):
     require(
       getattr(target, name) <= getattr(source, name) or (name == 'max_len' and target.positions == 'rope'),
       f'model.{name}={getattr(target, name)}: larger than {getattr(source, name)} of the arm it is cut from',
     )
-  free = _FREE if target.d_model == source.d_model else _FREE + _EPSILONS
+  narrower = target.d_model < source.d_model
+  free = _FREE + _EPSILONS if narrower else _FREE
   names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]
   changed = [name for name in names if getattr(source, name) != getattr(target, name)]
   require(
@@ -214,11 +216,28 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Seq
     f'model.n_heads={target.n_heads}: {per_group} for each of {target.n_kv_heads} key/value heads, but the arm it is '
     f'cut from has {size(source, "queries")}',
   )
+  what = f'model.d_model={target.d_model} is less than {source.d_model} of the arm it is cut from'
   require(
-    scores.width is not None or target.d_model == source.d_model,
-    f'init.by=flap: does not tell channels of the residual stream apart, and model.d_model={target.d_model} is less '
-    f'than {source.d_model} of the arm it is cut from; allowed: magnitude, activations, principal, random',
+    width or not narrower,
+    f'init.by=flap: does not tell channels of the residual stream apart, and {what}; allowed: magnitude, activations, '
+    'principal, gates, random',
   )
+  require(
+    not (narrower and source.mup_base_width), f'{what}: cannot be cut with mup_base_width={source.mup_base_width}'
+  )
+  if layers:
+    n, named = target.n_layers, f'init.layers={tuple(layers)}'
+    require(len(layers) == n, f'{named}: model.n_layers={n} of them are needed')
+    good = all(a < b for a, b in itertools.pairwise(layers)) and layers[0] >= 0 and layers[-1] < source.n_layers
+    require(good, f'{named}: must increase and lie in 0..{source.n_layers - 1}')
+
+
+def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Sequence[int] = ()) -> Kept:
+  """The units with the highest scores, as many as the target has; of equal ones the first. layers: those that stay.
+
+  ConfigError if the models differ in anything else, or if the target is larger.
+  """
+  check_shape(source, target, layers, scores.width is not None)
   if scores.exact:
     check_gates(source, target, scores)
   even = np.zeros(source.n_layers)
@@ -232,8 +251,6 @@ def choose(source: ModelConfig, target: ModelConfig, scores: Scores, layers: Seq
   }
   kept = {unit: best(x, size(target, unit)) for unit, x in by_unit.items() if size(target, unit) < size(source, unit)}
   if layers:
-    n = target.n_layers
-    require(len(layers) == n, f'init.layers={tuple(layers)}: model.n_layers={n} of them are needed')
     kept['layers'] = np.array(layers)
   return Kept(**kept)
 

@@ -208,9 +208,26 @@ def test_an_id_depends_on_the_parents_all_the_way_up():
     ]
     return {arm.name: arm.arm_id for arm in arms_of(experiment(sweep=sweep))}
 
-  one, two = ids(64), ids(96)
+  one, two = ids(512), ids(640)
   assert one['d'] == two['d']
   assert all(one[name] != two[name] for name in 'abc')
+
+
+def test_an_arm_that_cannot_be_cut_out_of_its_parent_is_refused_before_any_is_trained():
+  parent = {'name': 'a', 'model.d_ff': 64, 'model.n_layers': 2}
+  for child, message in (
+    ({'model.d_ff': 65}, r"model.d_ff=65: larger than 64 of the arm it is cut from \(in the arm 'b'\)"),
+    ({'model.d_ff': 8, 'model.mlp': 'gelu'}, 'init.arm: its model differs in mlp; only layers, widths and heads'),
+    ({'model.d_ff': 8, 'model.d_model': 8, 'init.by': 'flap'}, 'init.by=flap: .*model.d_model=8 is less than 128'),
+    ({'model.d_ff': 8, 'model.n_heads': 2, 'model.n_kv_heads': 1}, 'model.n_heads=2: 2 for each of 1 .* has 1'),
+    ({'model.d_ff': 8, 'model.n_layers': 1, 'init.layers': (2,)}, r'init.layers=\(2,\): must increase and lie in 0..1'),
+    ({'model.d_ff': 8, 'model.n_layers': 1, 'init.layers': (0, 1)}, r'init.layers=\(0, 1\): model.n_layers=1 of them'),
+  ):
+    with pytest.raises(ConfigError, match=message) as error:
+      arms_of(experiment(sweep=[parent, {'name': 'b', 'init.arm': 'a', 'model.n_layers': 2, **child}]))
+    assert '\n' not in str(error.value)
+  rotated = {'name': 'b', 'init.arm': 'a', 'init.by': 'principal', 'model.tied': False, 'model.d_model': 64}
+  assert len(arms_of(experiment(sweep=[parent, {**parent, **rotated}]))) == 2
 
 
 def test_a_group_is_what_repetitions_have_in_common_parents_included():
@@ -252,9 +269,9 @@ def test_impossible_references_are_one_line(sweep, message):
 def test_parents_come_first_in_any_graph(random, n):
   """Arm i starts from some arm before it in a random order of names; the sweep yields them in another order."""
   names = [f'arm{i}' for i in range(n)]
-  sweep = [{'name': names[0], 'model.d_ff': 8}]
+  sweep = [{'name': names[0], 'model.d_ff': 64}]  # each has less, so that it can be cut out of any before it
   for i in range(1, n):
-    sweep.append({'name': names[i], 'model.d_ff': 8 + i, 'init.arm': random.choice(names[:i])})
+    sweep.append({'name': names[i], 'model.d_ff': 64 - i, 'init.arm': random.choice(names[:i])})
   random.shuffle(sweep)
   arms = arms_of(experiment(base=Config(model=ModelConfig(n_layers=1)), sweep=sweep))
   seen = set()

@@ -138,9 +138,13 @@ def test_many_names_are_not_all_listed():
 def test_whatever_is_chosen_can_run(random, n, data):
   """In any graph of arms, with any of them done: parents are first, and there or done; the order is kept."""
   names = [f'arm{i}' for i in range(n)]
-  sweep = [{'name': names[0], 'model.d_ff': 8}]
+  sweep = [{'name': names[0], 'model.d_ff': 64}]
   sweep += [
-    {'name': names[i], 'model.d_ff': 8 + i, **({'init.arm': random.choice(names[:i])} if random.random() < 0.7 else {})}
+    {
+      'name': names[i],
+      'model.d_ff': 64 - i,
+      **({'init.arm': random.choice(names[:i])} if random.random() < 0.7 else {}),
+    }
     for i in range(1, n)
   ]
   arms = arms_of(experiment(sweep=sweep))

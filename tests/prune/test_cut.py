@@ -244,7 +244,7 @@ def test_layers_may_be_named():
   assert choose(LLAMA, target, at_random(LLAMA, 0), (1, 2)).layers.tolist() == [1, 2]
   with pytest.raises(ConfigError, match=r'init.layers=\(1,\): model.n_layers=2 of them are needed'):
     choose(LLAMA, target, at_random(LLAMA, 0), (1,))
-  with pytest.raises(ConfigError, match='kept.layers: indices must increase and lie in 0..3'):
+  with pytest.raises(ConfigError, match=r'init.layers=\(1, 4\): must increase and lie in 0..3'):
     cut(LLAMA, noisy(LLAMA), choose(LLAMA, target, at_random(LLAMA, 0), (1, 4)))
 
 
