@@ -21,6 +21,7 @@ from slm_jax.config import require
 from slm_jax.model.api import Batch, Feature, Model, Params
 from slm_jax.prune import compensate
 from slm_jax.prune.matrices import SITES, Into, Matrices, matrices, put
+from slm_jax.prune.stats import distinct_tokens
 
 Budget = float | tuple[int, int] | Mapping[str, Any]
 How = Literal['least_squares', 'mean_shift']
@@ -183,12 +184,13 @@ def _sparsities(keep: float | Mapping[str, Any], own: Matrices) -> dict[str, np.
 
 
 def _check_tokens(batches: list[Batch], inputs: dict[Into, int]) -> None:
-  tokens = sum(int((np.asarray(batch['segments']) > 0).sum()) for batch in batches)
+  tokens = distinct_tokens(batches)
   require(tokens > 0, 'calibration: no tokens (of segments > 0)')
   few = [f'{size} of {into}' for into, size in inputs.items() if tokens < size]
   if few:
     logging.warning(
-      'calibration: %d tokens are fewer than the inputs (%s): H is singular, and damping decides what they do not',
+      'calibration: %d distinct tokens are fewer than the inputs (%s): H is singular, and damping decides what they '
+      'do not',
       tokens,
       ', '.join(few),
     )

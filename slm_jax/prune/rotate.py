@@ -15,6 +15,7 @@ Runs on the host in float64.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ from slm_jax.config import require
 from slm_jax.model.api import Batch, Feature, Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.decoder import build, logical_axes, shapes
+from slm_jax.prune.stats import distinct_tokens
 
 _READERS = {'attn_norm': ('q', 'k', 'v'), 'mlp_norm': ('gate', 'up')}
 
@@ -59,7 +61,17 @@ def gram(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> np.nd
   """[D,D], float64: sum of x^T x over the tokens of all batches and over all norms, x = what a norm puts out, no gains.
 
   So each place where the stream is read counts the same, however long the stream is there. Reads inputs and segments.
+  Fewer tokens than channels are a warning: directions that they do not span are in no order. ConfigError without any.
   """
+  batches = list(batches)
+  tokens = distinct_tokens(batches)
+  require(tokens > 0, 'calibration: no tokens (of segments > 0)')
+  if tokens < config.d_model:
+    logging.warning(
+      'calibration: %d distinct tokens are fewer than the %d channels of the residual stream: they do not span it',
+      tokens,
+      config.d_model,
+    )
   config, whole = fold(config, params)
   model = build(config)
   folded = jax.tree.map(lambda p, s: jnp.asarray(p, s.dtype), whole, shapes(config))

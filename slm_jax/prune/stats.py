@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slm_jax.config import require
 from slm_jax.model.api import Batch, Feature, Model, Params
@@ -94,16 +95,25 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def collect_all(model: Model, params: Params, batches: Iterable[Batch], gram: bool = False) -> Stats:
-  """Stats of all batches together; compiled once for batches of one shape. ConfigError if there are none."""
+  """Stats of all batches together; compiled once for batches of one shape. ConfigError if there are no tokens."""
   one = jax.jit(lambda params, batch: collect(model, params, batch, gram))
   both = jax.jit(merge, donate_argnums=0)
   total = None
   for batch in batches:
     new = one(params, {name: batch[name] for name in ('inputs', 'segments')})
     total = new if total is None else both(total, new)
-  require(total is not None, 'collect_all: no batches to take statistics of')
+  require(total is not None and bool(total.tokens > 0), 'calibration: no tokens (of segments > 0)')
   assert total is not None
   return total
+
+
+def distinct_tokens(batches: Iterable[Batch]) -> int:
+  """How many tokens of documents there are to learn from: a sequence that comes several times counts once."""
+  rows: dict[bytes, int] = {}
+  for batch in batches:
+    for inputs_T, segments_T in zip(np.asarray(batch['inputs']), np.asarray(batch['segments']), strict=True):
+      rows[inputs_T.tobytes() + segments_T.tobytes()] = int((segments_T > 0).sum())
+  return sum(rows.values())
 
 
 def _chan(a: Moments, b: Moments) -> Moments:

@@ -10,6 +10,7 @@ What is pruned is decided by a criterion, a pattern (patterns.py), an allocation
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -92,7 +93,28 @@ class Prune(TransformConfig):
     require(not differ, f'transforms.prune.ticket={self.ticket}: its model has other shapes of {", ".join(differ)}')
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
       return None
-    return {name: w != 0 for name, w in matrices(sharding.to_host(params)).items()}
+    masks = {name: w != 0 for name, w in matrices(sharding.to_host(params)).items()}
+    check_ticket(masks, Pattern.parse(self.pattern, 'pattern'), f'transforms.prune.ticket={self.ticket}')
+    return masks
+
+
+def check_ticket(masks: Matrices, rule: Pattern, key: str) -> None:
+  """A warning for masks that are none, or that do not fit the pattern: what is left will then be less than meant."""
+  if all(bool(mask.all()) for mask in masks.values()):
+    logging.warning('%s: it has no zeros, so nothing is masked at the start', key)
+  if rule.kind == 'n:m':
+    groups = {name: m.reshape(m.shape[0], -1, rule.m, m.shape[2]).sum(2) for name, m in masks.items()}
+    less = [name for name, left in groups.items() if bool((left < rule.n).any())]
+    if less:
+      logging.warning(
+        '%s: fewer than %d of some %d inputs are left in %s: sparser than pattern=%d:%d',
+        key,
+        rule.n,
+        rule.m,
+        ', '.join(less),
+        rule.n,
+        rule.m,
+      )
 
 
 class Rules(NamedTuple):

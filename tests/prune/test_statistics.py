@@ -162,7 +162,7 @@ def test_sums_of_a_bfloat16_model_are_float32():
 
 def test_what_cannot_be():
   model, params = model_and_params()
-  with pytest.raises(ConfigError, match='no batches'):
+  with pytest.raises(ConfigError, match='calibration: no tokens'):
     collect_all(model, params, [])
   with pytest.raises(ConfigError, match='gram'):
     merge(compiled(gram=False)(ragged()), compiled()(ragged()))
