@@ -17,10 +17,11 @@ and more noise: not better. The loss on documents is another matter: lowest wher
 
 All start from one sft model and learn from one teacher; seeds differ in the order of the problems and in the draws.
 
-Found (2 CPU cores, 3 seeds; WORKSPACE.md has the table): no gain from one's own outputs. Reverse KL and JSD on-policy
-have 0.02 to 0.04 of exact matches less than off-policy (three claims NOT REPRODUCED), and off-policy against more sft
-is CANNOT TELL: this teacher is certain of every digit (entropy 3e-5 nats), so its distribution is hardly more than the
-documents, and log p of a mistake is hugely negative. Policy gradients fail altogether (0.12 of exact matches).
+Found (2 CPU cores, 3 seeds, on two CPUs; WORKSPACE.md has the table): no gain from one's own outputs. Reverse KL, JSD
+and replay have fewer exact matches than off-policy (three claims NOT REPRODUCED, on both), and off-policy against more
+sft is CANNOT TELL: this teacher is certain of every digit (entropy 3e-5 nats), so its distribution is hardly more than
+the documents, and log p of a mistake is hugely negative. Policy gradients fail altogether. The level depends on the one
+sft model, which another CPU's rounding makes another one: 0.41 or 0.74 of exact matches after more sft.
 
     python -m experiments.on_policy
 """
