@@ -4,7 +4,8 @@
 
 A step is forward, backward, clipping and AdamW on a batch of random tokens that lies on the device. MFU is
 `flops_per_token` (causal attention counted half) over the float32 matmul rate measured in the same process. PyTorch, if
-it is installed, runs the same architecture eagerly with its fused attention and fused AdamW (bench_torch.py).
+it is installed, runs the same architecture with its fused attention and fused AdamW (bench_torch.py), eagerly and,
+where there is a C++ compiler, by torch.compile; 'of torch' is against the faster one.
 
 Every contestant is a process of its own. They take turns, a few steps each, so that a busy machine slows all of them;
 reported is each one's fastest step, and the ratio of those. No step of one overlaps a step of another.
@@ -13,6 +14,7 @@ reported is each one's fastest step, and the ratio of those. No step of one over
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,8 @@ CASES = {
   # a larger vocabulary, where the head dominates
   '3m-8k': {'layers': 4, 'heads': 4, 'width': 192, 'context': 256, 'batch': 8, 'vocab': 8192},
 }
+
+TORCH = ('torch', 'torch-compile')
 
 _CASES = flags.DEFINE_list('cases', ['0.8m', '10.7m'], f'of {", ".join(CASES)}')
 _DTYPES = flags.DEFINE_list('dtypes', ['float32'], 'of float32, bfloat16 (PyTorch runs in float32 only)')
@@ -105,10 +109,10 @@ def jax_step(case: dict[str, int], dtype: str) -> tuple[Any, dict[str, Any]]:
 def work(spec: str) -> None:
   """A contestant: says what it is, then takes a turn for each line on standard input and prints its step times."""
   engine, case, dtype = spec.split(':')
-  if engine == 'torch':
+  if engine in TORCH:
     from experiments.bench_torch import torch_step
 
-    step, facts = torch_step(CASES[case])
+    step, facts = torch_step(CASES[case], engine == 'torch-compile')
   else:
     step, facts = jax_step(CASES[case], dtype)
   for _ in range(3):
@@ -162,7 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   head = ('case', 'engine', 'dtype', 'step ms', 'median', 'tokens/s', 'MFU', 'compile s', 'peak MiB', 'of torch')
   lines = [head]
   for r in rows:
-    torch = next((o for o in rows if o['case'] == r['case'] and o['engine'] == 'torch'), None)
+    baseline = max((o['tokens_per_second'] for o in rows if o['case'] == r['case'] and o['engine'] in TORCH), default=0)
     lines.append(
       (
         r['case'],
@@ -174,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'{r["mfu"]:.0%}' if r['mfu'] else '–',
         f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '–',
         f'{r["peak_bytes"] / 2**20:,.0f}',
-        f'{r["tokens_per_second"] / torch["tokens_per_second"]:.2f}x' if torch else '–',
+        f'{r["tokens_per_second"] / baseline:.2f}x' if baseline else '–',
       )
     )
   return columns(lines, right=range(3, len(head)))
@@ -192,9 +196,10 @@ def main(argv: list[str]) -> None:
     import importlib.util
 
     with_torch = importlib.util.find_spec('torch') is not None
+  engines = [engine for engine in TORCH if with_torch and (engine == 'torch' or shutil.which('g++'))]
   rows = []
   for case in _CASES.value:
-    specs = [f'jax:{case}:{dtype}' for dtype in _DTYPES.value] + ([f'torch:{case}:float32'] if with_torch else [])
+    specs = [f'jax:{case}:{dtype}' for dtype in _DTYPES.value] + [f'{engine}:{case}:float32' for engine in engines]
     rows += compare(specs, _ROUNDS.value, _SECONDS.value)
   print(table(rows))
   out = Path(_OUT.value)

@@ -1,6 +1,7 @@
-"""The baseline of bench_step.py: the same GPT in plain PyTorch with its fused attention and fused AdamW, eager."""
+"""The baseline of bench_step.py: the same GPT in PyTorch, its attention and AdamW fused; eager, or compiled."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,26 +50,32 @@ class Gpt(nn.Module):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def torch_step(case: dict[str, int]) -> tuple[Callable[[], float], dict[str, Any]]:
-  """(a function that takes one step, facts about it)."""
+def torch_step(case: dict[str, int], compiled: bool) -> tuple[Callable[[], float], dict[str, Any]]:
+  """(a function that takes one step, facts about it). compiled: by torch.compile, which needs a C++ compiler."""
   torch.manual_seed(0)
   model = Gpt(case)
   matrices = [p for p in model.parameters() if p.dim() > 1]
   vectors = [p for p in model.parameters() if p.dim() == 1]
   groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
   optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+  loss_of = torch.compile(model) if compiled else model
   tokens = torch.randint(case['vocab'], (case['batch'], case['context'] + 1))
   inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
   def step():
-    loss = model(inputs, targets)
+    loss = loss_of(inputs, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return loss.item()
 
-  facts = {
+  facts: dict[str, Any] = {}
+  if compiled:
+    start = time.perf_counter()
+    step()
+    facts['compile_seconds'] = time.perf_counter() - start
+  facts |= {
     'version': torch.__version__,
     'parameters': sum(p.numel() for p in model.parameters()),
     'threads': torch.get_num_threads(),
