@@ -96,12 +96,16 @@ class RunConfig:
   population: bool = True  # train in one program with arms that differ in traced numbers and seeds only
   tensorboard: bool = False
   wandb: bool = False
+  profile: tuple[int, ...] = ()  # first and last step of an XProf trace, in the arm's profile/; none: no trace
+  dump: bool = False  # write the compiled step and its costs into the arm's hlo/
   price: str = 'on_demand'  # of a chip-hour: 'on_demand' or 'spot' of chips.toml, or dollars
 
   def check(self, key: str) -> None:
     for name in ('fsdp', 'tensor', 'log_every', 'checkpoint_every', 'keep', 'prefetch'):
       require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
     require(self.data_parallel >= 0, f'{key}.data_parallel={self.data_parallel}: must not be negative')
+    known = not self.profile or (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1])
+    require(known, f'{key}.profile={self.profile}: must be the first and the last step of a trace, as in 10,12')
     chips.check_terms(self.price, f'{key}.price')
 
 
