@@ -110,6 +110,7 @@ def _in_turn(
   singular: whether it does no harm if H is.
   """
   data: list[Batch] = [{name: batch[name] for name in ('inputs', 'segments')} for batch in batches]
+  params = jax.tree.map(jnp.asarray, params)  # those of a cut are numpy's
   own, layers = matrices(params), model.config.n_layers
   groups: dict[Into, list[str]] = {}
   for name in own:
