@@ -63,7 +63,9 @@ def matmul_flops(program: Any) -> float:
 
   Unlike the count of `model/flops.py` this one has the recomputation (remat, chunked losses), the scores that a mask
   hides, the weights that are multiplied although they are pruned, and the steps' tokens that are padding. Results that
-  nobody uses are left out, as the compiler does; of a `cond`, the dearest branch counts; a `while` counts once.
+  nobody uses are left out, as the compiler does; of a `cond`, the dearest branch counts; a `while` counts once. What
+  each device of a mesh does by itself counts for all of them. A fused kernel's products count for the blocks of its
+  grid, of which a causal one skips those above the diagonal.
   """
   jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
   return _matmul_flops(jaxpr)
@@ -76,10 +78,38 @@ def _matmul_flops(jaxpr: Any) -> float:
       (contracted, _), _ = eqn.params['dimension_numbers']
       inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
       total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    if eqn.primitive.name.startswith('dot_product_attention'):
+      total += _cudnn_flops(eqn)
     parts = [_matmul_flops(part) for part in jax.extend.core.jaxprs_in_params(eqn.params)]
     inside = max(parts, default=0.0) if eqn.primitive.name == 'cond' else sum(parts)
-    total += inside * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+    total += inside * _times(eqn)
   return total
+
+
+def _times(eqn: Any) -> float:
+  """How often what is inside of an equation runs."""
+  if eqn.primitive.name == 'scan':
+    return eqn.params['length']
+  if eqn.primitive.name == 'shard_map':
+    return eqn.params['mesh'].size
+  if eqn.primitive.name == 'pallas_call':
+    grid, name = eqn.params['grid_mapping'].grid, eqn.params.get('name') or ''
+    # Splash: (.., heads, blocks of queries, of keys), in dkv (.., of keys, heads, of queries); a window has fewer.
+    rows = grid[-3 if 'dkv' in name else -2] if len(grid) > 2 else 0
+    return math.prod(grid) * (_causal(grid[-1]) if 'splash' in name and grid[-1] == rows else 1)
+  return 1
+
+
+def _causal(blocks: int) -> float:
+  """The share of a square of blocks that is on or below its diagonal."""
+  return (blocks + 1) / (2 * blocks)
+
+
+def _cudnn_flops(eqn: Any) -> float:
+  """Of its causal attention, q [B,T,H,K], k [B,S,G,K]: 2 products forward, 5 backward, in tiles of 128."""
+  (b, t, h, k), s = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+  products = 5 if 'bwd' in eqn.primitive.name else 2
+  return products * 2 * b * h * t * s * k * _causal(-(-t // 128))
 
 
 def cache_compilations(folder: Path) -> None:

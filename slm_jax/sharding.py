@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.config import ConfigError, require
+from slm_jax.model.fused import Devices
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -28,15 +29,38 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A `data x fsdp x tensor` mesh over all devices, those of a host side by side; data=0 takes what is left."""
+  """A `data x fsdp x tensor` mesh over all devices, those of a host side by side; data=0 takes what is left.
+
+  Of several TPU slices, which only the slower data-centre network joins, each has a stretch of `data` to itself: what
+  crosses is one reduction of gradients.
+  """
   if devices is None:
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = jax.devices()
+  devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
   rest, n = fsdp * tensor, len(devices)
   if data == 0:
     require(n % rest == 0, f'run.fsdp={fsdp}, run.tensor={tensor}: {rest} does not divide the {n} devices')
     data = n // rest
   require(data * rest == n, f'run: data x fsdp x tensor = {data} x {fsdp} x {tensor} is not the {n} devices')
+  slices = len(set(map(_slice, devices)))
+  require(data % slices == 0, f'run.data_parallel={data}: does not split over the {slices} slices')
   return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), AXES)
+
+
+def _slice(device: jax.Device) -> int:
+  """The TPU slice that a device is in; 0 where there are none."""
+  return getattr(device, 'slice_index', None) or 0
+
+
+def devices(mesh: Mesh, mapped: bool = False) -> Devices:
+  """What a model is told of the devices that its programs are for. mapped: whether those are many arms' under vmap."""
+  first, rows, heads = mesh.devices.flat[0], RULES['batch'], RULES.get('heads')
+  if not (heads is None or isinstance(heads, str)) or heads != RULES.get('kv_heads'):
+    raise ConfigError(f'sharding.RULES: heads={heads!r}, kv_heads={RULES.get("kv_heads")!r}: must be one mesh axis')
+  hopper = float(getattr(first, 'compute_capability', 0)) >= 9
+  return Devices(
+    first.platform, mesh, (rows,) if isinstance(rows, str) else rows, heads, 256 if hopper else 128, mapped
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

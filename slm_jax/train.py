@@ -101,17 +101,17 @@ def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
   return dataset, mesh
 
 
-def prepare(config: Config, workdir: Path, folder: Path) -> Job:
-  """Everything up to the first step; nothing is compiled yet but the evaluation of shapes."""
+def prepare(config: Config, workdir: Path, folder: Path, mapped: bool = False) -> Job:
+  """Everything up to the first step; nothing is compiled yet but the evaluation of shapes. mapped: see `assemble`."""
   began = time.perf_counter()
   dataset, mesh = inputs(config, workdir)
 
   def model(arm_id: str) -> tuple[Model, Params]:
     model_config, params, _ = load_model(workdir / 'arms' / arm_id / 'model', mesh)
-    return decoder.build(model_config), params
+    return decoder.build(model_config, sharding.devices(mesh, mapped)), params
 
   others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model', dataset.tokenizer))
-  return assemble(config, folder, dataset, mesh, others, workdir / 'data')._replace(began=began)
+  return assemble(config, folder, dataset, mesh, others, workdir / 'data', mapped=mapped)._replace(began=began)
 
 
 def assemble(
@@ -122,13 +122,15 @@ def assemble(
   others: Trained,
   derived: Path,
   stand_in: bool = False,
+  mapped: bool = False,
 ) -> Job:
   """The job of an arm, from its data, its devices and a way to get at other arms.
 
-  derived: folder for data that transforms make. stand_in: whether they make none, for a measurement.
+  derived: folder for data that transforms make. stand_in: whether they make none, for a measurement. mapped: whether
+  the step will be one of several under vmap.
   """
   # ---- model, optimiser, transforms -> step
-  model = decoder.build(config.model)
+  model = decoder.build(config.model, sharding.devices(mesh, mapped))
   resources = resources_of(config, dataset, model, others, derived)
 
   def opened(dataset: Dataset) -> Dataset:
@@ -227,12 +229,26 @@ def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained
   )
 
 
+def jitted(job: Job) -> Any:
+  """The step as it is run, and as it is compiled ahead of time. Its metrics are on all devices."""
+  return jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, job.layout.step))
+
+
+def abstract_batch(job: Job) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and shardings of a batch, of all hosts together."""
+  rows, layout = job.config.data.batch_size, sharding.batch_sharding(job.layout.step.mesh)  # type: ignore[attr-defined]
+  return {
+    name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype, sharding=layout)
+    for name, entry in job.dataset.batch(0).items()
+  }
+
+
 def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
   """The loop. Returns the summary of a run that came to its end; raises Preempted with everything saved."""
   config = job.config
   steps, checkpoint_every = config.train.steps, config.run.checkpoint_every
   everywhere = job.layout.step  # so that each host can read the numbers
-  take = jax.jit(job.step, donate_argnums=0, out_shardings=(job.layout, everywhere))
+  take = jitted(job)
   final, measure = jax.jit(job.final), jax.jit(job.measure, out_shardings=everywhere)
   with Checkpoints(job.folder / 'checkpoints', config.run.keep, logging.warning) as checkpoints:
     # ---- where were we?
@@ -319,12 +335,6 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
 def hardware_flops(job: Job) -> float:
   """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
   return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, abstract_batch(job), job.frozen))
-
-
-def abstract_batch(job: Job) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of a batch of all hosts together."""
-  rows, batch = job.config.data.batch_size, job.dataset.batch(0)
-  return {name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype) for name, entry in batch.items()}
 
 
 def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:

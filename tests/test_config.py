@@ -178,6 +178,7 @@ def _another(config: Config, key: str, value: Any) -> Any:
     'skip',
     'whole',
     'muon',
+    'reference',
     'linear',
     'sentencepiece',
     'jsd',

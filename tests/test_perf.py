@@ -37,6 +37,22 @@ def test_loops_branches_and_what_nobody_uses():
   assert flops(jax.jit(lambda x: x @ x), square) == one
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_splash_counts_its_blocks_on_and_below_the_diagonal(packed):
+  """2 products forward, 3 for the gradient of the queries, 4 for those of keys and values; on all devices of a mesh."""
+  from slm_jax import sharding
+  from slm_jax.model.fused import attend_by
+
+  t, heads, size = 1024, 4, 128
+  config = ModelConfig(n_heads=heads, n_kv_heads=2, head_dim=size, attention='splash')
+  q, k = (jax.ShapeDtypeStruct((8, t, n, size), jnp.float32) for n in (heads, 2))
+  documents = jnp.zeros((8, t), jnp.int32) if packed else None
+  for mesh in (sharding.make_mesh(1, 1, 1, jax.devices()[:1]), sharding.make_mesh(2, 2, 2)):
+    attend = attend_by(config, sharding.devices(mesh), documents, 8, t)
+    traced = jax.make_jaxpr(jax.grad(lambda q, k, v, f=attend: f(q, k, v, True).sum(), (0, 1, 2)))(q, k, k)
+    assert matmul_flops(traced) == pytest.approx(9 * 2 * 8 * heads * t**2 * size * 3 / 4, rel=1e-3)  # blocks of 512
+
+
 def step_flops(**changes):
   """(of the traced step, model FLOPs of the step), with a teacher of the name 'teacher' to be had."""
   model = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64, max_len=64)

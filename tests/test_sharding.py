@@ -82,9 +82,31 @@ def test_moments_masks_and_averages_lie_like_their_parameters():
   assert all(place.is_equivalent_to(up, 3) for place in places)
 
 
+class Sliced:
+  """A device of a multi-slice topology."""
+
+  def __init__(self, index, slice_index):
+    self.id, self.process_index, self.slice_index, self.platform = index, index // 4, slice_index, 'tpu'
+
+
+def sliced(*counts):
+  return [Sliced(16 * s + i, s) for s, count in enumerate(counts) for i in range(count)]
+
+
+def test_slices_split_the_data_axis_only():
+  mesh = sharding.make_mesh(4, 2, 1, sliced(4, 4)[::-1])
+  assert [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_a_model_is_told_where_its_sequences_and_heads_are():
+  told = sharding.devices(sharding.make_mesh(2, 2, 2))
+  assert (told.platform, told.rows, told.heads, told.ways()) == ('cpu', ('data', 'fsdp'), 'tensor', (4, 2))
+
+
 @pytest.mark.parametrize(
   'call,message',
   [
+    (lambda: sharding.make_mesh(1, 8, 1, sliced(4, 4)), 'data_parallel=1: does not split over the 2 slices'),
     (lambda: sharding.make_mesh(3, 1, 1), '3 x 1 x 1 is not the 8 devices'),
     (lambda: sharding.make_mesh(0, 3, 1), '3 does not divide the 8 devices'),
     (lambda: sharding.check_batch(sharding.make_mesh(), 12, 1), 'batch_size=12: not divisible by .* 8 data-parallel'),

@@ -198,26 +198,52 @@ def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> P
 # ------------------------------------------------------------------------------------------------------- stand-ins
 
 
-def stand_in(config: Config, everyone: Mapping[str, Arm], folder: Path, allocate: bool = True) -> train.Job:
+def stand_in(
+  config: Config,
+  everyone: Mapping[str, Arm],
+  folder: Path,
+  allocate: bool = True,
+  mesh: jax.sharding.Mesh | None = None,
+  mapped: bool = False,
+) -> train.Job:
   """The job of an arm without its data and its teachers: random tokens, random parameters.
 
-  allocate: False if the step shall only be traced, not run: teachers are shapes, and the devices may be elsewhere.
+  allocate: False if the step shall only be traced or compiled, not run: teachers are shapes.
+  mesh: of devices that may be elsewhere; unless given, the arm's own of all devices, or one device if nothing is run.
+  mapped: see `train.assemble`.
   """
-  if allocate:
-    mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
-    sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
-  else:
+  if mesh is None and not allocate:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  else:
+    mesh = mesh or sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
+    sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
 
   def load(arm_id: str) -> tuple[Model, Params]:
-    model = decoder.build(everyone[arm_id].config.model)
+    model = decoder.build(everyone[arm_id].config.model, sharding.devices(mesh, mapped))
+    axes = decoder.logical_axes(model.config)
     if not allocate:
-      return model, jax.eval_shape(model.init, jax.random.PRNGKey(0))
+      shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+      loaded.append(sharding.abstract(shapes, sharding.shardings(shapes, axes, mesh)))
+      return model, loaded[-1]
     params = jax.jit(model.init)(jax.random.PRNGKey(0))
-    return model, sharding.place(params, decoder.logical_axes(model.config), mesh)
+    return model, sharding.place(params, axes, mesh)
 
+  loaded: list[Params] = []
   others = train.Trained(load, lambda arm_id: tokens_of(everyone[arm_id].config))
-  return train.assemble(config, folder, noise(config), mesh, others, folder, stand_in=True)
+  job = train.assemble(config, folder, noise(config), mesh, others, folder, stand_in=True, mapped=mapped)
+  return job._replace(frozen={name: _where_it_was(tree, loaded) for name, tree in job.frozen.items()})
+
+
+def _where_it_was(tree: Any, loaded: Iterable[Params]) -> Any:
+  """Shapes that came of a model's, in another precision, have lost their shardings; arrays would have kept them."""
+  for params in loaded:
+    if _shapes(tree) == _shapes(params):
+      return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), tree, params)
+  return tree
+
+
+def _shapes(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.shape, tree)
 
 
 def noise(config: Config) -> Dataset:

@@ -163,11 +163,12 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
   try:
     with disk_errors(workdir), Preemption() as stop, contextlib.ExitStack() as files:
       with stop.at_once():  # nothing to lose yet
-        job = prepare(members[0].config, workdir, workdir)
+        side_by_side = jax.default_backend() != 'cpu'
+        job = prepare(members[0].config, workdir, workdir, mapped=side_by_side)
         for member in members:
           member.open(job, files)
         batch = batches_of(job, seeds, workdir)
-        shape, side_by_side = (len(seeds), per_order), jax.default_backend() != 'cpu'
+        shape = (len(seeds), per_order)
         program, needed = compile_program(job, shape, job.place(batch(0)), side_by_side)
         if needed > memory_limit() and len(arms) > 1:
           return None

@@ -78,8 +78,7 @@ def compile_program(job: Job, shape: tuple[int, int], batch: Any, side_by_side: 
   """`(program of S x A arms, bytes that its step needs)`. No arm's state need exist yet."""
   state = stacked(job.abstract, shape)
   layout = jax.tree.map(lambda x: x.sharding, state)
-  step = jax.jit(together(job.step, side_by_side), donate_argnums=0, out_shardings=(layout, None))
-  compiled = step.lower(state, batch, job.frozen).compile()
+  compiled = trace(job, shape, batch, side_by_side).lower().compile()
   final, measure = job.final, job.measure
   for _ in range(2):  # S and A
     final = jax.vmap(final, in_axes=(STATE_AXES,))
@@ -104,6 +103,14 @@ def compile_program(job: Job, shape: tuple[int, int], batch: Any, side_by_side: 
     jax.jit(pick),
   )
   return program, bytes_needed(compiled)
+
+
+def trace(job: Job, shape: tuple[int, int], batch: Any, side_by_side: bool) -> Any:
+  """The step of S x A arms, to be lowered for their devices. batch: [S, B, T], or its shapes."""
+  state = stacked(job.abstract, shape)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(together(job.step, side_by_side), donate_argnums=0, out_shardings=(layout, None))
+  return step.trace(state, batch, job.frozen)
 
 
 def stacked(abstract: TrainState, shape: tuple[int, int]) -> TrainState:

@@ -60,6 +60,8 @@ class ModelConfig:
   mup_base_head_dim: int = 0  # its head_dim; 0: this one's, wider models have more heads and not larger ones
   remat: Literal['none', 'full', 'dots'] = setting('none', semantic=False)
   unroll: int = setting(0, semantic=False)  # layers a scan iteration; 0: all of them
+  # By which kernel; auto: the fastest that the devices have and that can do it (slm_jax/model/fused.py)
+  attention: Literal['auto', 'reference', 'splash', 'cudnn'] = setting('auto', semantic=False)
 
   def check(self, key: str) -> None:
     for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_len'):

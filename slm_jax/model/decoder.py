@@ -24,6 +24,7 @@ from slm_jax.model import ops, rope
 from slm_jax.model.api import Batch, Feature, Features, Model, Params
 from slm_jax.model.attention import Cache, attention, document_starts
 from slm_jax.model.config import ModelConfig
+from slm_jax.model.fused import Attend, Devices, attend_by
 
 # ------------------------------------------------------------------------------------------------------ parameters
 
@@ -153,18 +154,20 @@ def layer(
   cache: Cache | None,
   index: jax.Array,
   places: tuple[Place, Place | None],
+  attend: Attend | None = None,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """Attention and MLP, each of a norm of the residual stream x and added to it.
 
   w: the weights of this layer, whose number is `index` (int32). With a cache, its tokens are attended to as well, and
   the new keys and values are in the one returned. Last comes what `Feature`s of this layer there are, by kind.
+  attend: a fused kernel, where one is to take the place of attention.py.
   """
   c = config
   norm = functools.partial(_norm, c, w)
   linear = functools.partial(_linear, c, w)
   place, local = places
+  is_global = (index + 1) % c.global_every == 0
   if local is not None:
-    is_global = (index + 1) % c.global_every == 0
     place = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), place, local)
 
   a_BTD = norm('attn_norm', x_BTD)
@@ -180,7 +183,10 @@ def layer(
   k_BSGK, v_BSGK = k_BTGK, v_BTGK
   if cache is not None:
     k_BSGK, v_BSGK, cache = cache.insert(index, k_BTGK, v_BTGK)
-  z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale)
+  if attend is not None:
+    z_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, is_global)
+  else:
+    z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale)
   o_BTD = linear('o', z_BTHK, 2)
   x_BTD += norm('attn_post_norm', o_BTD) if c.post_norms else o_BTD
 
@@ -215,6 +221,7 @@ def _layers(
   cache: Cache | None,
   places: tuple[Place, Place | None],
   kinds: Sequence[str],
+  attend: Attend | None,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says.
 
@@ -225,7 +232,7 @@ def _layers(
 
   def body(carry, one):
     x_BTD, cache = carry
-    x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places)
+    x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places, attend)
     return (x_BTD, cache), {kind: made[kind] for kind in kinds}
 
   if config.remat != 'none':
@@ -244,6 +251,7 @@ class Decoder(nn.Module):
   """Tokens to logits. `hidden` and `head` are its two halves; `run` is `hidden` with a cache."""
 
   config: ModelConfig
+  devices: Devices | None = None  # that the program is for; they say which kernel attention takes
 
   def setup(self):
     c = self.config
@@ -276,13 +284,23 @@ class Decoder(nn.Module):
     t = tokens_BT.shape[1]
     require(t <= self.config.max_len, f'tokens: a sequence of {t} is longer than model.max_len={self.config.max_len}')
     start_BT = jnp.zeros((1, t), jnp.int32) if segments_BT is None else document_starts(segments_BT)
-    return self.run(tokens_BT, start_BT, None, wanted)[::2]
+    return self.run(tokens_BT, start_BT, None, wanted, packed=segments_BT is not None)[::2]
 
   def run(
-    self, tokens_BT: jax.Array, start_BT: jax.Array, cache: Cache | None = None, wanted: Sequence[Feature] = ()
+    self,
+    tokens_BT: jax.Array,
+    start_BT: jax.Array,
+    cache: Cache | None = None,
+    wanted: Sequence[Feature] = (),
+    packed: bool = True,
   ) -> tuple[jax.Array, Cache | None, Features]:
-    """(x_BTD, cache, features): T tokens after those in the cache; start: the first slot of each token's document."""
+    """(x_BTD, cache, features): T tokens after those in the cache; start: the first slot of each token's document.
+
+    packed: False if every row is known to be one document.
+    """
     c = self.config
+    documents_BT = start_BT if packed else None
+    attend = attend_by(c, self.devices, documents_BT, *tokens_BT.shape) if cache is None else None
     slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
     x_BTD = ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype)
     if c.positions == 'learned':
@@ -291,7 +309,7 @@ class Decoder(nn.Module):
     places = _places(c, slot_BT, start_BT)
     embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
     weights = {**self.weights['layers'], **self.variables['params'].get('taps', {})}
-    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds)
+    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds, attend)
     features = {f: made[f.kind][f.layer - 1] if f.layer else embedded_BTD for f in wanted}
     if cache is not None:
       cache = cache._replace(used=cache.used + tokens_BT.shape[1])
@@ -311,20 +329,23 @@ def _unembed(config: ModelConfig, table_VD: jax.Array, x: jax.Array) -> jax.Arra
   return ops.unembed(x if config.width_ratio == 1 else x / config.width_ratio, table_VD, config.softcap)
 
 
-def apply(config: ModelConfig, params: Params, *args: Any, method: str) -> Any:
+def apply(config: ModelConfig, params: Params, *args: Any, method: str, devices: Devices | None = None) -> Any:
   """That method of the decoder of these parameters."""
-  return Decoder(config).apply({'params': params}, *args, method=method)
+  return Decoder(config, devices).apply({'params': params}, *args, method=method)
 
 
-def build(config: ModelConfig) -> Model:
-  """The decoder as pure functions of its parameters. ConfigError if the configuration is impossible."""
+def build(config: ModelConfig, devices: Devices | None = None) -> Model:
+  """The decoder as pure functions of its parameters. ConfigError if the configuration is impossible.
+
+  devices: that its programs are for; unless given, attention is the reference, which runs on all.
+  """
   configs.check(config, 'model')
 
   def init(key: jax.Array) -> Params:
     return Decoder(config).init(key, method=lambda decoder: decoder.weights)['params']
 
   def hidden(params: Params, batch: Batch) -> jax.Array:
-    return apply(config, params, batch['inputs'], batch.get('segments'), method='hidden')
+    return apply(config, params, batch['inputs'], batch.get('segments'), method='hidden', devices=devices)
 
   def head(params: Params, x: jax.Array) -> jax.Array:
     return apply(config, params, x, method='head')
@@ -336,7 +357,8 @@ def build(config: ModelConfig) -> Model:
         first <= layer <= config.n_layers,
         f'{kind} of layer {layer}: a model of {config.n_layers} layers has {first}..{config.n_layers}',
       )
-    return apply(config, params, batch['inputs'], batch.get('segments'), tuple(wanted), method='features')
+    given = (batch['inputs'], batch.get('segments'), tuple(wanted))
+    return apply(config, params, *given, method='features', devices=devices)
 
   return Model(config, init, hidden, head, features)
 

@@ -278,6 +278,7 @@ PERTURBED = {  # field: (its other value, what else must hold for it to matter)
   'mup_base_head_dim': (4, {'mup_base_width': 8}),
   'remat': ('full', {}),
   'unroll': (2, {}),
+  'attention': ('splash', {}),
 }
 
 
