@@ -1,4 +1,4 @@
-"""What a chip costs an hour and what it draws: chips.toml beside this file, which is there to be edited.
+"""What a chip costs an hour, what it draws and how fast its memory is: chips.toml beside this file, to be edited.
 
 A 'chip' is what a cloud bills: a TPU chip, a GPU, or, on the CPU, the whole machine.
 """
@@ -28,6 +28,11 @@ class Chip(NamedTuple):
   price_source: str
   watts: float
   power_source: str
+  hbm: float  # bytes
+  bandwidth: float  # of its memory, bytes/s
+  ici: float  # to chips of its slice or machine, one direction, bytes/s
+  dcn: float  # between slices, bytes/s; 0 where nobody says
+  memory_source: str
 
 
 def table() -> dict[str, Chip]:
@@ -47,7 +52,18 @@ def _read(path: Path) -> dict[str, Chip]:
 def _chip(name: str, entry: Mapping[str, Any]) -> Chip:
   prices = {terms: float(entry[terms]) for terms in (ON_DEMAND, SPOT) if terms in entry}
   require(all(0 <= p < math.inf for p in prices.values()), f'{TABLE}: {name}: a price must be a number of dollars')
-  return Chip(name, tuple(entry['kinds']), prices, entry['price'], float(entry['watts']), entry['power'])
+  speeds = {key: float(entry[key]) * 1e9 for key in ('bandwidth', 'ici', 'dcn')}
+  return Chip(
+    name,
+    tuple(entry['kinds']),
+    prices,
+    entry['price'],
+    float(entry['watts']),
+    entry['power'],
+    hbm=float(entry['hbm']) * 2**30,
+    memory_source=entry['memory'],
+    **speeds,
+  )
 
 
 def of_kind(kind: str) -> Chip | None:

@@ -23,6 +23,14 @@ def test_every_price_says_where_and_of_when_it_is():
     assert chip.power_source
 
 
+def test_memory_and_links_are_of_a_plausible_size_and_say_where_they_are_from():
+  for chip in chips.table().values():
+    assert 16 * 2**30 <= chip.hbm <= 192 * 2**30
+    assert chip.dcn < chip.ici < chip.bandwidth
+    assert 100 < PEAK[chip.kinds[0]] / chip.bandwidth < 1000, 'FLOPs a byte at which a matrix product stops to wait'
+    assert len(chip.memory_source) > 20
+
+
 def test_an_hour_costs_what_is_agreed():
   listed = chips.table()['v5e'].prices
   for kind in chips.table()['v5e'].kinds:

@@ -18,6 +18,7 @@ PUBLISHED = {
   'smollm2_1_7b': 1_711_376_384,
   'qwen3_0_6b': 596_049_920,
   'llama3_2_1b': 1_235_814_400,
+  'llama3_1_8b': 8_030_261_248,
   'gemma3_270m': 268_098_176,
   'gpt2': 124_439_808,
 }
@@ -104,6 +105,28 @@ CONFIG_JSON = {
         original_max_position_embeddings=8192,
       ),
       tie_word_embeddings=True,
+    ),
+  ),
+  'llama3_1_8b': (
+    'Llama',
+    dict(
+      hidden_size=4096,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+      intermediate_size=14_336,
+      vocab_size=128_256,
+      max_position_embeddings=131_072,
+      rms_norm_eps=1e-5,
+      rope_theta=500_000.0,
+      rope_scaling=dict(
+        rope_type='llama3',
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+      ),
+      tie_word_embeddings=False,
     ),
   ),
   'gemma3_270m': (
