@@ -135,17 +135,19 @@ def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokeni
 _zeros = jax.jit(zeros.count)
 
 
-def load_model(folder: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, dict[str, Any]]:
+def load_model(
+  folder: Path, mesh: Mesh | None = None, rules: sharding.Rules | None = None
+) -> tuple[ModelConfig, Params, dict[str, Any]]:
   """`(config, params, record)` of a finished model; ConfigError if it is missing or damaged.
 
-  mesh: over whose devices it is spread, as `sharding` says; unless given, all devices have all of it.
+  mesh: over whose devices it is spread, by the rules, or as `sharding` says; unless given, all devices have all of it.
   """
   path = _record_of(folder)
   try:
     record = json.loads(path.read_text())
     config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
     shapes = jax.eval_shape(decoder.build(config).init, jax.random.PRNGKey(0))
-    layout = sharding.shardings(shapes, decoder.logical_axes(config), mesh or sharding.make_mesh())
+    layout = sharding.shardings(shapes, decoder.logical_axes(config), mesh or sharding.make_mesh(), rules)
     with ocp.StandardCheckpointer() as reader:
       params = reader.restore(folder.absolute() / 'params', sharding.abstract(shapes, layout))
     if int(checksum(params)) != record['checksum']:

@@ -89,6 +89,8 @@ class RunConfig:
   data_parallel: int = 0  # devices on the mesh axis 'data'; 0: all that are left
   fsdp: int = 1
   tensor: int = 1
+  spread_optimizer: bool = True  # each of the devices on 'data' has its share of the optimiser's state, and not all
+  spread_teacher: bool = False  # and of teachers' parameters, which are gathered when they are used
   log_every: int = 10
   checkpoint_every: int = 500
   keep: int = 2  # checkpoints beside the best one

@@ -141,29 +141,62 @@ def uncut(tree: Any, t: int) -> Any:
   return jax.tree.map(of, tree)
 
 
-def gradient(terms_of: Callable[[Any, Any], Terms], params: Any, batch: Any, parts: int = 1) -> tuple[Terms, Any]:
+def gradient(
+  terms_of: Callable[[Any, Any], Terms],
+  params: Any,
+  batch: Any,
+  parts: int = 1,
+  groups: int = 1,
+  axis: str | None = None,
+) -> tuple[Terms, Any]:
   """Terms and gradient of the objective over `batch`, computed in `parts` slices of it along the leading axis.
 
-  The gradient is that of the whole batch's objective: each slice's sums are divided by the counts of the whole batch,
-  which are computed first (the compiler drops all of that first pass but the masks).
+  The gradient is that of the whole batch's objective: each slice's sums are divided by the counts of all slices, which
+  are computed first (the compiler drops all of that first pass but the masks).
+
+  groups: of rows that stand together; each has a gradient of its own until the end, where they are added up. So if
+  groups are spread over the devices of a mesh axis, whose name is `axis`, these talk once, however many parts there are
+  and wherever in the model a parameter is used.
   """
-  if parts == 1:
+  if parts == groups == 1:
     (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, batch)), has_aux=True)(params)
     return terms, grads
-  counts = {name: term.count for name, term in terms_of(params, batch).items()}
-  # Slice i takes rows i, i + parts, ...: on a batch that is sharded along its rows, every device keeps its own.
-  slices = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+  slices = jax.tree.map(lambda x: _slices(x, parts, groups), batch)
+  each = jax.vmap(lambda part: {name: term.count for name, term in terms_of(params, part).items()})
+  counts = jax.tree.map(lambda x: x.sum((0, 1)), jax.vmap(each)(slices))
 
-  def body(carry, part):
+  def of(part):
     (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, part), counts), has_aux=True)(params)
-    total, summed = carry
-    return (add(total, terms), jax.tree.map(jnp.add, summed, grads)), None
+    return terms, grads
 
-  part = jax.tree.map(lambda x: x[0], slices)
-  shapes = jax.eval_shape(terms_of, params, part)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-  (terms, grads), _ = jax.lax.scan(body, (zeros, jax.tree.map(jnp.zeros_like, params)), slices)
-  return terms, grads
+  def of_all(part):
+    """Of [groups, ...], with one gradient for each."""
+    if groups == 1:
+      return of(jax.tree.map(lambda x: x[0], part))
+    terms, grads = jax.vmap(of, spmd_axis_name=axis)(part)
+    return {name: Term(t.sum.sum(0), t.count.sum(0), t.weight[0]) for name, t in terms.items()}, grads
+
+  first = jax.tree.map(lambda x: x[0], slices)
+  if parts == 1:
+    terms, grads = of_all(first)
+  else:
+
+    def body(carry, part):
+      terms, grads = of_all(part)
+      return (add(carry[0], terms), jax.tree.map(jnp.add, carry[1], grads)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_all, first))
+    (terms, grads), _ = jax.lax.scan(body, zeros, slices)
+  return terms, grads if groups == 1 else jax.tree.map(lambda g: g.sum(0), grads)
+
+
+def _slices(x: jax.Array, parts: int, groups: int) -> jax.Array:
+  """[B, ...] as [parts, groups, rows, ...]: a group stands together, and of each one slice i has rows i, i + parts, ..
+
+  So on a batch that is sharded along its rows, every device keeps its own.
+  """
+  rows = x.reshape(groups, x.shape[0] // (groups * parts), parts, *x.shape[1:])
+  return jnp.moveaxis(rows, 2, 0)
 
 
 def _with_terms(terms: Terms, counts: dict[str, jax.Array] | None = None) -> tuple[jax.Array, Terms]:

@@ -1,9 +1,15 @@
 """Sharding: one table from the model's logical axes to mesh axes, applied to the arguments of the jitted step.
 
-No model or loss code mentions devices; the compiler propagates what the arguments say. Change `RULES` (or pass another
-table) and the same step runs data-parallel, fully sharded or tensor-parallel.
+No model or loss code mentions devices; the compiler propagates what the arguments say, and what `devices` says of the
+residual stream between layers. Change `RULES` (or pass another table) and the same step runs data-parallel, fully
+sharded, tensor-parallel, or with sequences cut along time as well.
+
+The default for small models is data parallelism: every device has all parameters, each its share of the optimiser's
+state (ZeRO, arXiv 1910.02054), and gradients are added up once an update (`losses.gradient`, groups).
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +22,12 @@ from slm_jax.config import ConfigError, require
 from slm_jax.model.fused import Devices
 
 AXES = ('data', 'fsdp', 'tensor')
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axis (or axes); what is not named here is replicated
-RULES: Mapping[str, str | tuple[str, ...]] = {
+RULES: Rules = {
   'batch': ('data', 'fsdp'),
+  'time': None,  # of the residual stream between layers; 'tensor': sequence parallelism (arXiv 2205.05198)
   'embed': 'fsdp',
   'vocab': 'tensor',
   'heads': 'tensor',
@@ -52,15 +60,45 @@ def _slice(device: jax.Device) -> int:
   return getattr(device, 'slice_index', None) or 0
 
 
-def devices(mesh: Mesh, mapped: bool = False) -> Devices:
-  """What a model is told of the devices that its programs are for. mapped: whether those are many arms' under vmap."""
-  first, rows, heads = mesh.devices.flat[0], RULES['batch'], RULES.get('heads')
+def rules_of_teachers(spread: bool) -> Rules:
+  """Of frozen parameters; spread: over 'data' too, gathered layer by layer when they are used."""
+  return {**RULES, 'embed': ('data', 'fsdp')} if spread else RULES
+
+
+def devices(mesh: Mesh, mapped: bool = False, grouped: bool = False) -> Devices:
+  """What a model is told of the devices that its programs are for.
+
+  mapped: whether those are many arms' under vmap. grouped: whether it is one of `groups` of rows, which are spread over
+  the axis 'data' by the vmap around it.
+  """
+  first, heads = mesh.devices.flat[0], RULES.get('heads')
+  rows = tuple(axis for axis in _axes(RULES['batch']) if not (grouped and axis == 'data'))
   if not (heads is None or isinstance(heads, str)) or heads != RULES.get('kv_heads'):
     raise ConfigError(f'sharding.RULES: heads={heads!r}, kv_heads={RULES.get("kv_heads")!r}: must be one mesh axis')
   hopper = float(getattr(first, 'compute_capability', 0)) >= 9
-  return Devices(
-    first.platform, mesh, (rows,) if isinstance(rows, str) else rows, heads, 256 if hopper else 128, mapped
-  )
+  stream = None if mapped or mesh.size == 1 else functools.partial(_stream, mesh, rows)
+  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, stream)
+
+
+def _stream(mesh: Mesh, rows: tuple[str, ...], x_BTD: jax.Array) -> jax.Array:
+  """Says how the residual stream lies: by rows, and, if RULES say so, by time; each device has all of its width.
+
+  Otherwise the compiler may take the layout of the embeddings for it, which fsdp cuts along the width.
+  """
+  time = _axes(RULES['time'])
+  ways = [_ways(mesh, axes) for axes in (rows, time)]
+  if x_BTD.shape[0] % ways[0] or x_BTD.shape[1] % ways[1]:
+    return x_BTD
+  where = PartitionSpec(rows or None, time or None, None)
+  return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, where))
+
+
+def _axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (target,) if isinstance(target, str) else target or ()
+
+
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -96,12 +134,14 @@ def share(mesh: Mesh) -> tuple[int, int]:
   return jax.process_index() // together, n_hosts // together
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+def spec(
+  axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str, rules: Rules | None = None
+) -> PartitionSpec:
   """The partition of one array from its logical axes; an axis that does not divide is an error that names it."""
   parts = []
   for axis, size in zip(axes, shape, strict=True):
-    target = RULES.get(axis) if axis else None
-    ways = mesh.shape[target] if isinstance(target, str) else 1
+    target = (RULES if rules is None else rules).get(axis) if axis else None
+    ways = _ways(mesh, _axes(target))
     if size % ways:
       raise ConfigError(
         f'{name}: axis {axis!r} of size {size} does not split over {ways} devices of mesh axis {target!r}'
@@ -110,12 +150,12 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str
   return PartitionSpec(*parts)
 
 
-def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
   """NamedShardings for every array of `tree` (a TrainState, parameters, a teacher).
 
   axes: the model's logical axes, a tree like its parameters. An array belongs to a parameter if its path in `tree` ends
   with the parameter's path and it has as many axes: moments, masks, averages and the parameters themselves do. All
-  other arrays (counters, keys, factored statistics) are replicated.
+  other arrays (counters, keys, factored statistics) are replicated. rules: RULES unless given.
   """
   table = {_names(path): value for path, value in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)}
 
@@ -124,10 +164,28 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     for start in range(len(names)):
       logical = table.get(names[start:])
       if logical is not None and len(logical) == len(leaf.shape):
-        return NamedSharding(mesh, spec(logical, leaf.shape, mesh, '.'.join(map(str, names[start:]))))
+        return NamedSharding(mesh, spec(logical, leaf.shape, mesh, '.'.join(map(str, names[start:])), rules))
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def spread(layout: Any, shapes: Any, mesh: Mesh) -> Any:
+  """The layout of an optimiser's state, cut over 'data' as well: along the first axis that divides, and is not cut yet.
+
+  Layers come first, so that an optimiser that needs whole matrices (Muon) has them, wherever their number divides.
+  """
+  ways = mesh.shape['data']
+
+  def of(where, leaf):
+    parts = [*where.spec, *[None] * (len(leaf.shape) - len(where.spec))]
+    free = [i for i, size in enumerate(leaf.shape) if parts[i] is None and size % ways == 0]
+    if ways == 1 or not free:
+      return where
+    parts[free[0]] = 'data'
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+  return jax.tree.map(of, layout, shapes)
 
 
 def abstract(shapes: Any, layout: Any) -> Any:

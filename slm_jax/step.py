@@ -246,12 +246,15 @@ def make_step(
   accumulate: int = 1,
   z_loss: float = 0.0,
   chunk: int = losses.CHUNK,
+  groups: int = 1,
+  axis: str | None = None,
 ) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
   """Returns the pure function `(state, batch, frozen) -> (state, metrics)`; jit it once, donate the state.
 
   accumulate: the batch is split into so many parts along B, one after another; every term is normalised by its count
     over the *whole* batch, so the result does not depend on the split, ragged masks included.
-  chunk: tokens whose logits exist at the same time.
+  chunk: tokens whose logits exist at the same time; of each group.
+  groups, axis: of rows whose gradients are added up once at the end; see `losses.gradient`. `model` sees one group.
   Metrics: sum / count of every term; total (the objective), tokens (that counted in the batch as it came), grad_norm,
   learning_rate.
   """
@@ -272,7 +275,7 @@ def make_step(
     tokens = batch['mask'].sum()  # a hook may turn labels into something else
     batch = transform.data(state.slots, transform.view(state.slots, state.params, context), batch, context)
     terms, grads = losses.gradient(
-      lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate
+      lambda params, part: terms_of(params, state.slots, part, context), state.params, batch, accumulate, groups, axis
     )
     used = transform.gradients(state.slots, grads, context)
     updates, opt_state = optimizer.make(state.hparams).update(used, state.opt_state, state.params)

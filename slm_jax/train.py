@@ -107,7 +107,8 @@ def prepare(config: Config, workdir: Path, folder: Path, mapped: bool = False) -
   dataset, mesh = inputs(config, workdir)
 
   def model(arm_id: str) -> tuple[Model, Params]:
-    model_config, params, _ = load_model(workdir / 'arms' / arm_id / 'model', mesh)
+    rules = sharding.rules_of_teachers(config.run.spread_teacher)
+    model_config, params, _ = load_model(workdir / 'arms' / arm_id / 'model', mesh, rules)
     return decoder.build(model_config, sharding.devices(mesh, mapped)), params
 
   others = Trained(model, lambda arm_id: load_tokenizer(workdir / 'arms' / arm_id / 'model', dataset.tokenizer))
@@ -131,6 +132,7 @@ def assemble(
   """
   # ---- model, optimiser, transforms -> step
   model = decoder.build(config.model, sharding.devices(mesh, mapped))
+  grouped = decoder.build(config.model, sharding.devices(mesh, mapped, grouped=True))  # as the step's gradient sees it
   resources = resources_of(config, dataset, model, others, derived)
 
   def opened(dataset: Dataset) -> Dataset:
@@ -144,18 +146,22 @@ def assemble(
   frozen = {name: tree for _, its in built for name, tree in its.items()}
   optim = optimizer(config.optim, config.train.steps, config.model.width_ratio)
   step = make_step(
-    decoder.in_blocks(model, config.train.vocab_chunk),
+    decoder.in_blocks(grouped, config.train.vocab_chunk),
     optim,
     transform,
     accumulate=config.train.accumulate,
     z_loss=config.train.z_loss,
     chunk=config.train.loss_chunk,
+    groups=mesh.shape['data'],
+    axis='data',
   )
 
   # ---- state: shapes, layout on the devices, how to make a fresh one
   shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
   axes = decoder.logical_axes(config.model)
   layout = sharding.shardings(shapes, axes, mesh)
+  if config.run.spread_optimizer:
+    layout = layout._replace(opt_state=sharding.spread(layout.opt_state, shapes.opt_state, mesh))
 
   own = sharding.shardings(jax.eval_shape(model.init, jax.random.PRNGKey(0)), axes, mesh)  # not what transforms add
   new_params = jax.jit(model.init, out_shardings=own)

@@ -32,23 +32,36 @@ def batch(step):
   return {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': segments[:, :-1], 'mask': same}
 
 
-def losses(mesh, steps=8, **options):
+def losses(mesh, steps=8, spread_teacher=False, **options):
+  """As train.assemble makes it."""
+  model = decoder.build(CONFIG, sharding.devices(mesh, grouped=True))
+  teacher = decoder.build(BIG, sharding.devices(mesh))
+  options = {'groups': mesh.shape['data'], 'axis': 'data', **options}
   optim = optimizer(OptimConfig(learning_rate=1e-2, warmup=2), steps)
-  transform = chain(distill(TEACHER, 0.5, 2.0), prune(0.5, 2, 6, 2, Rules(allocation='global')), ema(0.9))
+  transform = chain(distill(teacher, 0.5, 2.0), prune(0.5, 2, 6, 2, Rules(allocation='global')), ema(0.9))
   axes = decoder.logical_axes(CONFIG)
 
   def fresh():
     return init_state(jax.random.PRNGKey(1), MODEL.init(jax.random.PRNGKey(0)), optim, transform)
 
-  layout = sharding.shardings(jax.eval_shape(fresh), axes, mesh)
+  layout = layout_of(jax.eval_shape(fresh), axes, mesh)
   state = jax.jit(fresh, out_shardings=layout)()
-  teacher = sharding.place(TEACHER.init(jax.random.PRNGKey(5)), decoder.logical_axes(BIG), mesh)
-  step = jax.jit(make_step(MODEL, optim, transform, **options), donate_argnums=0, out_shardings=(layout, None))
+  rules = sharding.rules_of_teachers(spread_teacher)
+  places = sharding.shardings(
+    jax.eval_shape(TEACHER.init, jax.random.PRNGKey(5)), decoder.logical_axes(BIG), mesh, rules
+  )
+  its = jax.jit(TEACHER.init, out_shardings=places)(jax.random.PRNGKey(5))
+  step = jax.jit(make_step(model, optim, transform, **options), donate_argnums=0, out_shardings=(layout, None))
   put, out = sharding.placer(mesh), []
   for i in range(steps):
-    state, metrics = step(state, put(batch(i)), {'teacher': teacher})
+    state, metrics = step(state, put(batch(i)), {'teacher': its})
     out.append((float(metrics['loss']), float(metrics['distill']), float(metrics['density'])))
   return np.array(out), state
+
+
+def layout_of(shapes, axes, mesh):
+  layout = sharding.shardings(shapes, axes, mesh)
+  return layout._replace(opt_state=sharding.spread(layout.opt_state, shapes.opt_state, mesh))
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ attention.py; legend of shapes in config.py.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -222,18 +222,19 @@ def _layers(
   places: tuple[Place, Place | None],
   kinds: Sequence[str],
   attend: Attend | None,
+  stream: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says.
 
   kinds: of features that are wanted: [L,B,T,...] each. Where the scan is unrolled, the compiler keeps those layers of
-  them that are used; in a loop, memory holds all.
+  them that are used; in a loop, memory holds all. stream: how x lies on the devices, see `Devices`.
   """
   unroll = config.unroll or config.n_layers
 
   def body(carry, one):
     x_BTD, cache = carry
     x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places, attend)
-    return (x_BTD, cache), {kind: made[kind] for kind in kinds}
+    return (stream(x_BTD), cache), {kind: made[kind] for kind in kinds}
 
   if config.remat != 'none':
     # 'dots' keeps the projections' outputs and recomputes the rest: scores, softmax, norms, activations.
@@ -302,14 +303,15 @@ class Decoder(nn.Module):
     documents_BT = start_BT if packed else None
     attend = attend_by(c, self.devices, documents_BT, *tokens_BT.shape) if cache is None else None
     slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
-    x_BTD = ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype)
+    stream = (self.devices.stream if self.devices and cache is None else None) or (lambda x_BTD: x_BTD)
+    x_BTD = stream(ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype))
     if c.positions == 'learned':
       position_BT = jnp.maximum(slot_BT - start_BT, 0)  # negative in the padding before a row's start
       x_BTD = x_BTD + ops.embed(self.weights['embed']['positions'], position_BT, 1.0, c.dtype)
     places = _places(c, slot_BT, start_BT)
     embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
     weights = {**self.weights['layers'], **self.variables['params'].get('taps', {})}
-    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds, attend)
+    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds, attend, stream)
     features = {f: made[f.kind][f.layer - 1] if f.layer else embedded_BTD for f in wanted}
     if cache is not None:
       cache = cache._replace(used=cache.used + tokens_BT.shape[1])

@@ -45,6 +45,7 @@ class Devices(NamedTuple):
   heads: str | None = None  # mesh axis over which heads are
   widest: int = 128  # head size that its cuDNN can do
   mapped: bool = False  # whether the program is one of many arms under vmap
+  stream: Callable[[jax.Array], jax.Array] | None = None  # x_BTD, said to lie as the residual stream does
 
   def ways(self) -> tuple[int, int]:
     """Over how many devices (sequences, heads) are spread."""
