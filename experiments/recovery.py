@@ -12,9 +12,9 @@ random, before and after; KD is not worse than CE by more than 0.005 (Minitron, 
 ahead of a model of a fifth of the weights that starts from scratch, by 0.10 or more.
 
 Found (2 CPU cores, 3 seeds; WORKSPACE.md has the table): at 80 % OBD comes back to 0.137 nats from the dense model
-(REPRODUCED), at 90 % to 0.416 (NOT). After training it hardly matters whether magnitude or OBD chose, though OBD was 1.2
-nats ahead before. KD takes 0.02 to 0.03 more off, and so does pruning little by little (REPRODUCED). At 90 % a small
-model from scratch is as good.
+(REPRODUCED), at 90 % to 0.416 (NOT). After training it hardly matters whether magnitude or OBD chose, though OBD was
+1.2 nats ahead before. KD takes 0.02 to 0.03 more off, and so does pruning little by little (REPRODUCED). At 90 % a
+small model from scratch is as good.
 
     python -m experiments.recovery
 """
