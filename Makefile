@@ -25,6 +25,7 @@ types: $(VENV)/ready-test
 
 bench: $(VENV)/ready-test
 	$(BIN)/python -m experiments.bench_step
+	$(BIN)/python -m experiments.bench_parts
 
 $(VENV)/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
