@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from slm_jax import losses
+from slm_jax import losses, sharding
 from slm_jax.checksum import checksum
 from slm_jax.config import ConfigError, require, to_dict
 from slm_jax.data import batches, sources
@@ -36,6 +36,7 @@ from slm_jax.distill import records, signals
 from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.records import Layout, Precision
 from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token
 from slm_jax.vocabulary import whole
@@ -146,8 +147,9 @@ def build(
   parts = [(start, min(start + each, n)) for start in range(0, n, each)]
   with disk_errors(folder):
     begin(folder, capture.key)
-    own = jax.device_put(capture.params, jax.local_devices()[0])
-    tell = functools.partial(teller(capture.model, capture.layout), own)
+    one = jax.local_devices()[:1]
+    teacher = decoder.build(capture.model.config, sharding.devices(sharding.make_mesh(devices=one)))
+    tell = functools.partial(teller(teacher, capture.layout), jax.device_put(capture.params, one[0]))
     with alone(folder / f'.lock-{host}-of-{hosts}', log):
       for start, end in parts[host::hosts]:
         log(f'{folder}: sequences {start:,} to {end:,} of {n:,}')
