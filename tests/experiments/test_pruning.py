@@ -94,8 +94,10 @@ def test_width_or_depth():
   assert max(sizes) / min(sizes) < 1.005, 'the same parameters'
   right = {'parent': 0.5, 'depth, KD': 0.7, 'width, KD': 0.65, 'stream, KD': 0.72}
   right |= {name: 2.0 for shape in width_or_depth.SHAPES for name in (f'{shape}, cut', f'{shape}, scratch')}
-  assert verdicts(width_or_depth, right.__getitem__) == ['REPRODUCED'] * 5
+  right |= {f'{shape}, pipeline': 0.5 for shape in width_or_depth.SHAPES}
+  assert verdicts(width_or_depth, right.__getitem__) == ['REPRODUCED'] * 8
   wrong = {**right, 'width, KD': 0.75, **{f'{shape}, scratch': 0.76 for shape in width_or_depth.SHAPES}}
-  assert verdicts(width_or_depth, wrong.__getitem__) == ['NOT REPRODUCED'] * 5
+  wrong |= {f'{shape}, pipeline': 1.5 for shape in width_or_depth.SHAPES}
+  assert verdicts(width_or_depth, wrong.__getitem__) == ['NOT REPRODUCED'] * 8
   cut = [arm.config for arm in arms_of(width_or_depth) if arm.name.endswith(('cut', 'KD'))]
   assert all(c.init.arm and c.init.by == 'activations' for c in cut)
