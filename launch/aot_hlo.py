@@ -151,18 +151,23 @@ def collectives(text: str, devices: int, slices: int = 1) -> list[Collective]:
   Of several slices, the program is that of one, with groups inside of it; what crosses is handed to the host (`send`).
   """
   computations, entry = parse(text)
-  seen: dict[str, tuple[Instruction, int]] = {}
+  seen: dict[tuple[str, ...], tuple[Instruction, bool, int]] = {}
   for _, outer, times in _walk(computations, entry):
-    inside = [i for name in _called(outer) for i in computations[name].values()] if outer.opcode == 'fusion' else []
-    for instruction in (outer, *inside):
+    called = _called(outer) if outer.opcode == 'fusion' else []
+    # Such a fusion keeps a slice of the sum, and sends no more than that needs.
+    scattered = any(name.startswith('all-reduce-scatter') for name in called)
+    for instruction in (outer, *(i for name in called for i in computations[name].values())):
       if instruction.opcode.removesuffix('-start') in COLLECTIVES or instruction.opcode == 'send':
         channel = re.search(r'channel_id=(\d+)', instruction.rest)
-        key = channel[1] if channel else instruction.name
-        before = seen.get(key, (instruction, 0))[1]
-        seen[key] = (instruction, max(times, before))  # start, middle and end of one share a channel
+        # Start, middle and end of one that is split up share a channel, and what they make.
+        made = re.sub(r'\{[^}]*\}', '', instruction.shape)
+        one = (instruction.opcode, channel[1], made) if channel else (instruction.name,)
+        before = seen[one][2] if one in seen else 0
+        seen[one] = (instruction, scattered, max(times, before))
   found: dict[tuple[str, int, int], list[float]] = collections.defaultdict(lambda: [0, 0.0])
-  for instruction, times in seen.values():
+  for instruction, scattered, times in seen.values():
     key, whole = _what(instruction, devices // slices, slices)
+    key = ('reduce-scatter', *key[1:]) if scattered else key
     found[key][0] += times
     found[key][1] += times * whole
   all_of = [Collective(*key, int(count), total) for key, (count, total) in found.items() if key[1] > 1 and total]
