@@ -159,10 +159,7 @@ def assemble(
   # ---- state: shapes, layout on the devices, how to make a fresh one
   shapes = jax.eval_shape(lambda key: init_state(key, model.init(key), optim, transform), jax.random.PRNGKey(0))
   axes = decoder.logical_axes(config.model)
-  layout = sharding.shardings(shapes, axes, mesh)
-  if config.run.spread_optimizer:
-    layout = layout._replace(opt_state=sharding.spread(layout.opt_state, shapes.opt_state, mesh))
-
+  layout = layout_of(shapes, axes, mesh, config.run.spread_optimizer)
   own = sharding.shardings(jax.eval_shape(model.init, jax.random.PRNGKey(0)), axes, mesh)  # not what transforms add
   new_params = jax.jit(model.init, out_shardings=own)
   new_state = jax.jit(
@@ -198,6 +195,12 @@ def assemble(
     flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
     began=time.perf_counter(),
   )
+
+
+def layout_of(shapes: TrainState, axes: Any, mesh: jax.sharding.Mesh, spread: bool) -> TrainState:
+  """Where a state's arrays lie. spread: whether every device keeps only its share of the optimiser's."""
+  layout = sharding.shardings(shapes, axes, mesh)
+  return layout._replace(opt_state=sharding.spread(layout.opt_state, shapes.opt_state, mesh)) if spread else layout
 
 
 def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
