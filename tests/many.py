@@ -23,8 +23,10 @@ from slm_jax.distill import capture  # noqa: E402
 from slm_jax.distill.cached import CachedDistill  # noqa: E402
 from slm_jax.distill.logits import Distill  # noqa: E402
 from slm_jax.experiment import Config  # noqa: E402
+from slm_jax.prune.transform import Prune  # noqa: E402
 
 STEPS = 30
+PRUNED_AND_TAUGHT = (Prune(0.5, start=0.2, end=0.6, every=4), Distill('teacher', weight=0.5))
 
 
 def config() -> Config:
@@ -39,9 +41,9 @@ def config() -> Config:
 
 
 def sweep_pair():
-  """A model, a smaller one that learns from it and starts from its cut parameters, and one of what it once said."""
+  """A model; a smaller one, cut out of it, pruned and taught by it; and one of what it once said."""
   yield {'name': 'teacher', 'eval.samples': 1}
-  yield {'name': 'student', 'init.arm': 'teacher', 'model.n_layers': 1, 'transforms': (Distill('teacher', weight=0.5),)}
+  yield {'name': 'student', 'init.arm': 'teacher', 'model.n_layers': 1, 'transforms': PRUNED_AND_TAUGHT}
   yield {'name': 'cached', 'transforms': (CachedDistill('teacher', weight=0.5, k=8, precision='float32'),)}
 
 

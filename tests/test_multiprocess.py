@@ -169,6 +169,17 @@ def test_a_teacher_and_a_parent_of_another_arm(alone, two, tmp_path):
     assert ends[0][name] == pytest.approx(ends[1][name], abs=1e-4), name
 
 
+def test_four_processes_train_as_one_does(alone, two, tmp_path):
+  """Distilling and pruning; eight sequences of a batch are two for each."""
+  workdir = with_teacher(alone, seeded(two, tmp_path / 'w'))
+  Processes(workdir, arms=STUDENT, count=4).done()
+  assert [line['tokens'] for line in lines(workdir, STUDENT)] == [line['tokens'] for line in lines(alone, STUDENT)]
+  np.testing.assert_allclose(losses(workdir, STUDENT), losses(alone, STUDENT), atol=1e-5)
+  density = [[line['density'] for line in lines(where, STUDENT) if 'density' in line] for where in (workdir, alone)]
+  assert density[0] == density[1]
+  assert density[0][-1] == pytest.approx(0.5, abs=0.01)
+
+
 def test_two_processes_write_down_together_what_a_teacher_says(alone, two, tmp_path):
   """Each a part of the cache, which then is one, and holds what one process alone would have written."""
   workdir = with_teacher(alone, seeded(two, tmp_path / 'w'))
