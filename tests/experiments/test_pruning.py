@@ -34,6 +34,9 @@ def test_arms_of_a_question_expand_with_their_parents_before_them(module):
   assert module.BASELINE in {arm.name for arm in arms}
 
 
+AT = {'10%': 0.1, '30%': 0.4, '50%': 1, '70%': 2, '80%': 3, '90%': 4, '95%': 5, '2:4': 2}
+
+
 def test_one_shot():
   rise = {'random': 2.0, 'magnitude': 0.5, 'magnitude global': 0.6, 'wanda': 0.5, 'obd': 0.4, 'obd global': 0.2}
   rise |= {'sparsegpt': 0.2}
@@ -42,13 +45,15 @@ def test_one_shot():
     if name.startswith('dense'):
       return 1.0
     way, _, share = name.rpartition(' ')
-    return 1.0 + rise[way] * {'50%': 1, '70%': 2, '90%': 4, '2:4': 2}[share]
+    return 1.0 + rise[way] * AT[share]
 
-  assert verdicts(one_shot, right) == ['REPRODUCED'] * 15
+  assert verdicts(one_shot, right) == ['REPRODUCED'] * 22
   rise.update({'obd global': 0.5, 'sparsegpt': 0.4, 'obd': 0.5, 'wanda': 3.0})
   found = verdicts(one_shot, right)
   assert found[:7] == ['NOT REPRODUCED'] * 7
   assert found.count('NOT REPRODUCED') == 8
+  rise['obd global'] = 0.7
+  assert verdicts(one_shot, right)[7:14] == ['NOT REPRODUCED'] * 7
 
 
 def test_sparse_or_small():
