@@ -1,8 +1,9 @@
 """How much can be set to zero at once, and by which criterion? No retraining; three dense models.
 
 115K parameters on stories, 1,200 steps. Of the layers' matrices 50, 70 or 90 % is set to zero (of magnitude and OBD a
-curve from 10 to 95 %), or two of every four inputs; then the loss on held-out text is taken. dL is its distance from the dense model's. Calibration: 128 sequences
-of training text. OBD goes by the Fisher information of labels that the model draws.
+curve from 10 to 95 %), or two of every four inputs; then the loss on held-out text is taken. dL is its distance from
+the dense model's. Calibration: 128 sequences of training text. OBD goes by the Fisher information of labels that the
+model draws.
 
 Expected, written before the run (ratios of dL, every seed in the mean of three; the thresholds are those of
 ../shared/reference/pruning.md, section 5, where they were seen in a preliminary measurement on bytes):
