@@ -44,7 +44,8 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   """
   if devices is None:
     devices = jax.devices()
-  devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
+  if not isinstance(devices, range):  # numbers stand for devices where only the shape matters
+    devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
   rest, n = fsdp * tensor, len(devices)
   if data == 0:
     require(n % rest == 0, f'run.fsdp={fsdp}, run.tensor={tensor}: {rest} does not divide the {n} devices')
