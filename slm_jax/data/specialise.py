@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from sentencepiece import sentencepiece_model_pb2
 
+from slm_jax import commands
 from slm_jax.config import ConfigError, require
 from slm_jax.data import tokenizer
 from slm_jax.data.tokenizer import SentencePiece, Tokenizer
@@ -109,20 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   flags.DEFINE_list('text', None, 'files of the domain, plain text', flag_values=options)
   flags.DEFINE_integer('vocab_size', None, 'tokens of the new one', flag_values=options)
   flags.DEFINE_string('out', None, 'where it goes', flag_values=options)
-  flags.DEFINE_boolean('help', False, 'show this', flag_values=options, short_name='h')
-  try:
-    rest = options(['specialise', *(sys.argv[1:] if argv is None else argv)])[1:]
-    if options.help:
-      print(f'{(__doc__ or "").strip()}\n\n{options.get_help()}')
-      return 0
-    require(not rest, f'unexpected: {" ".join(rest)}')
-    for name in ('tokenizer', 'text', 'vocab_size', 'out'):
-      require(bool(options[name].value), f'--{name}: must be given')
-    print(made(options))
-    return 0
-  except (ConfigError, flags.Error) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 1
+  return commands.run(__doc__, options, argv, ('tokenizer', 'text', 'vocab_size', 'out'), made)
 
 
 def made(options: flags.FlagValues) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from slm_jax import commands
 from slm_jax.config import ConfigError, check, from_dict, override, require
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
@@ -29,21 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """The exit code: 0, or 1 with one line on stderr."""
   logging.set_verbosity(logging.INFO)
   logging.use_absl_handler()
-  try:
-    words = list(sys.argv[1:] if argv is None else argv)
-    changes = dict(word.removeprefix(PREFIX).partition('=')[::2] for word in words if word.startswith(PREFIX))
-    options = parse([word for word in words if not word.startswith(PREFIX)])
-    if options.help:
-      print(f'{(__doc__ or "").strip()}\n\n{options.get_help()}')
-      return 0
-    print(made(options, changes))
-    return 0
-  except (ConfigError, flags.Error) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 1
-
-
-def parse(words: Sequence[str]) -> flags.FlagValues:
+  words = list(sys.argv[1:] if argv is None else argv)
+  changes = dict(word.removeprefix(PREFIX).partition('=')[::2] for word in words if word.startswith(PREFIX))
   options = flags.FlagValues()
   flags.DEFINE_string('workdir', None, 'the experiment’s folder, where its arms and its data are', flag_values=options)
   flags.DEFINE_string('teacher', None, 'an arm there, by id or name, or the folder of a model', flag_values=options)
@@ -55,19 +43,15 @@ def parse(words: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_enum('precision', 'float16', ['float16', 'float32'], 'of log-probabilities', flag_values=options)
   flags.DEFINE_integer('host', 0, 'which of the hosts this is', flag_values=options)
   flags.DEFINE_integer('hosts', 1, 'that share the work', flag_values=options)
-  flags.DEFINE_boolean('help', False, 'show this', flag_values=options, short_name='h')
-  rest = options(['cache', *words])[1:]
-  require(not rest, f'unexpected: {" ".join(rest)}')
-  for name in () if options.help else ('workdir', 'teacher'):
-    require(bool(options[name].value), f'--{name}: must be given')
-  require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
-  return options
+  flagged = [word for word in words if not word.startswith(PREFIX)]
+  return commands.run(__doc__, options, flagged, ('workdir', 'teacher'), lambda options: made(options, changes))
 
 
 def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   """Builds the cache; a line about it."""
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
+  require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
   workdir = Path(options.workdir).expanduser()
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)

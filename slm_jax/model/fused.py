@@ -103,11 +103,11 @@ def attend_by(
   kernel = choose(config, devices, b, t)
   if kernel == 'reference':
     return None
-  of = {'splash': _splash, 'cudnn': _cudnn}[kernel]
   on_tpu = devices.platform == 'tpu' if devices else jax.default_backend() == 'tpu'
+  of = _cudnn if kernel == 'cudnn' else functools.partial(_splash, interpret=not on_tpu)
 
   def one(q, k, v, documents, is_global):
-    return of(config, q, k, v, None if documents_BT is None else documents, is_global, not on_tpu)
+    return of(config, q, k, v, None if documents_BT is None else documents, is_global)
 
   def attend(q_BTHK, k_BTGK, v_BTGK, is_global):
     numbers_BT = jnp.zeros((b, t), jnp.int32) if documents_BT is None else documents_BT
@@ -206,11 +206,9 @@ def _cudnn(
   v_BTGK: jax.Array,
   documents_BT: jax.Array | None,
   is_global: jax.Array,
-  interpret: bool,
 ) -> jax.Array:
   """cuDNN's flash attention. It skips what causality empties; documents and windows are a mask [B,1,T,T], shared by
   all heads and, in an unrolled model, by all layers."""
-  del interpret
   t = q_BTHK.shape[1]
   slot_1T1, slot_11S = jnp.arange(t)[None, :, None], jnp.arange(t)[None, None]
   mask = None

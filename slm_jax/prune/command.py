@@ -11,7 +11,6 @@ their parameters.
 
 import dataclasses
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags, logging
 
-from slm_jax import losses
+from slm_jax import commands, losses
 from slm_jax.config import ConfigError, check, from_dict, require
 from slm_jax.data import tokenizer
 from slm_jax.data.config import DataConfig
@@ -45,19 +44,6 @@ class Found(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
   """The exit code: 0, or 1 with one line on stderr."""
   logging.use_absl_handler()
-  try:
-    options = parse(sys.argv[1:] if argv is None else argv)
-    if options.help:
-      print(f'{(__doc__ or "").strip()}\n\n{options.get_help()}')
-      return 0
-    print(made(options))
-    return 0
-  except (ConfigError, flags.Error) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 1
-
-
-def parse(words: Sequence[str]) -> flags.FlagValues:
   options = flags.FlagValues()
   flags.DEFINE_string('model', None, 'the folder of a finished arm, or of its model', flag_values=options)
   flags.DEFINE_float('share', None, 'of the whole model’s cost, in (0, 1]', flag_values=options)
@@ -69,21 +55,16 @@ def parse(words: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_string('text', '', 'a file or folder, in place of the arm’s own data', flag_values=options)
   flags.DEFINE_integer('sequences', 64, 'of text, to choose units by and to take losses on', flag_values=options)
   flags.DEFINE_integer('seed', 0, 'of by=random', flag_values=options)
-  flags.DEFINE_boolean('help', False, 'show this', flag_values=options, short_name='h')
-  rest = options(['target', *words])[1:]
-  require(not rest, f'unexpected: {" ".join(rest)}')
-  for name in () if options.help else ('model', 'share'):
-    require(options[name].value is not None, f'--{name}: must be given')
-  require(options.batch > 0, f'--batch={options.batch}: must be positive')
-  require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
-  require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
-  return options
+  return commands.run(__doc__, options, argv, ('model', 'share'), made)
 
 
 def made(options: flags.FlagValues) -> str:
   """The table, and the line that makes an arm of what is best."""
   from slm_jax.checkpoint import load_model  # from a floor above
 
+  require(options.batch > 0, f'--batch={options.batch}: must be positive')
+  require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
+  require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
   given = Path(options.model).expanduser()
   folder = given if (given / 'model.json').exists() else given / 'model'
   config, params, _ = load_model(folder)
