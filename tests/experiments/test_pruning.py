@@ -85,12 +85,26 @@ def test_which_layers():
 
 
 def test_domains():
-  def loss(name, own=-0.1):
-    way, _, on = name.split(' (')[0].partition(', on ')
-    return 1.0 + (own if way.endswith(f'by {on}') else 0.0)
+  def loss(name, own=-0.1, away=0.2):
+    """own: what calibration on the tested domain does; training on it takes 0.3 off, and on the other adds `away`."""
+    way, _, on = name.split(' (')[0].rpartition(', on ')
+    if not on:
+      return 1.0
+    way, _, trained = way.partition(', trained on ')
+    shift = {'': 0.0, on: -0.3}.get(trained, away)
+    return 1.0 + (0.05 if 'by' in way else 0.0) + (own if way.endswith(f'by {on}') else 0.0) + shift
 
-  assert verdicts(domains, loss) == ['REPRODUCED'] * 4
-  assert verdicts(domains, lambda name: loss(name, 0.1)) == ['NOT REPRODUCED'] * 4
+  assert verdicts(domains, loss) == ['REPRODUCED'] * 16
+  wrong = verdicts(domains, lambda name: loss(name, 0.4, -0.5))
+  assert wrong == ['NOT REPRODUCED'] * 16
+
+
+def test_what_is_trained_on_a_domain_keeps_the_zeros_it_starts_from():
+  arms = [arm.config for arm in arms_of(domains) if ', trained on' in arm.name and arm.config.train.steps]
+  sparse = [c for c in arms if c.transforms]
+  assert len(sparse) == 8 * domains.SEEDS and len(arms) == 10 * domains.SEEDS
+  assert all(c.transforms[0].ticket == c.init.arm and c.transforms[0].sparsity == 0 for c in sparse)
+  assert all(len(c.data.sources) == 1 for c in arms)
 
 
 def test_width_or_depth():
