@@ -4,11 +4,14 @@ LLVM does not optimise, a program is one LLVM module in place of up to 32, and f
 laws hold of any program, however compiled; tests that kill real processes compile as users do.
 """
 
+import importlib.metadata
+
 FAST = [
   '--xla_backend_optimization_level=0',
   '--xla_cpu_parallel_codegen_split_count=1',
-  '--xla_cpu_use_fusion_emitters=false',
 ]
+if importlib.metadata.version('jaxlib') < '0.11':  # which has nothing but MLIR
+  FAST.append('--xla_cpu_use_fusion_emitters=false')
 
 
 def flags(devices: int) -> str:

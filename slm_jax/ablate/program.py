@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax.step import TrainState
-from slm_jax.train import Job
+
+if TYPE_CHECKING:  # a step is compiled without what its data are read with
+  from slm_jax.train import Job
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
 Measure = Callable[[Any, Any], Any]
@@ -74,7 +76,7 @@ def looped(step: Step, batch_axis: int | None) -> Step:
   return of_all
 
 
-def compile_program(job: Job, shape: tuple[int, int], batch: Any, side_by_side: bool) -> tuple[Program, int]:
+def compile_program(job: 'Job', shape: tuple[int, int], batch: Any, side_by_side: bool) -> tuple[Program, int]:
   """`(program of S x A arms, bytes that its step needs)`. No arm's state need exist yet."""
   state = stacked(job.abstract, shape)
   layout = jax.tree.map(lambda x: x.sharding, state)
@@ -105,7 +107,7 @@ def compile_program(job: Job, shape: tuple[int, int], batch: Any, side_by_side: 
   return program, bytes_needed(compiled)
 
 
-def trace(job: Job, shape: tuple[int, int], batch: Any, side_by_side: bool) -> Any:
+def trace(job: 'Job', shape: tuple[int, int], batch: Any, side_by_side: bool) -> Any:
   """The step of S x A arms, to be lowered for their devices. batch: [S, B, T], or its shapes."""
   state = stacked(job.abstract, shape)
   layout = jax.tree.map(lambda x: x.sharding, state)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm_jax.model.ops import wide_product
+
 
 def document_starts(segments_BT: jax.Array) -> jax.Array:
   """Slot of the first token of each token's document. A run of equal ids is a document; padding (0) is one as well."""
@@ -53,9 +55,7 @@ def _attend(
   q_BGRTK = jnp.moveaxis(q_BTHK.reshape(b, t, g, r, k), 1, 3)
   k_BGSK, v_BGSK = jnp.moveaxis(k_BSGK, 1, 2), jnp.moveaxis(v_BSGK, 1, 2)
   # The R heads and T queries of a group are the rows of one matrix product.
-  scores_BGNS = jnp.einsum(
-    'bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK, preferred_element_type=jnp.float32
-  )
+  scores_BGNS = wide_product('bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK)
   scores_BGRTS = scores_BGNS.reshape(b, g, r, t, s) + bias_B11TS
   peak_BGRT1 = jax.lax.stop_gradient(scores_BGRTS.max(-1, keepdims=True))
   weights_BGRTS = jnp.exp(scores_BGRTS - peak_BGRT1)
