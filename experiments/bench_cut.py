@@ -1,6 +1,7 @@
 """Is a cut model faster, and is a masked one? Tokens per second before and after, reading and writing.
 
-    python -m experiments.bench_cut [--model=tiny_10m] [--batch=8] [--context=256] [--rounds=7] [--out=FILE]
+    python -m experiments.bench_cut [--model=tiny_10m] [--batch=8] [--context=256] [--rounds=7] [--dtype=bfloat16]
+                                    [--out=FILE]
 
 Of a model with random parameters: half of its layers, of its feed-forward width, of its key/value groups (with their
 query heads), of its width, and all of these; and masks, half and nine tenths of the layers' matrices zero. Reading is a
@@ -20,18 +21,22 @@ from typing import Any
 from absl import app, flags
 
 from slm_jax.ablate.table import columns
+from slm_jax.config import ConfigError, require
 
 NEW, PROMPT = 64, 16  # tokens
 
 _MODEL = flags.DEFINE_string('model', 'tiny_10m', 'a preset')
 _BATCH = flags.DEFINE_integer('batch', 8, 'sequences', lower_bound=1)
 _CONTEXT = flags.DEFINE_integer('context', 256, 'tokens that are read', lower_bound=1)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'of activations and parameters')
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'turns of each', lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'runs/bench_cut/bench.json', 'where the figures go')
 
 
 def shapes(config: Any) -> dict[str, Any]:
   """The whole model's configuration and its cuts'."""
+  for name in ('n_layers', 'd_ff', 'n_kv_heads', 'd_model'):
+    require(getattr(config, name) % 2 == 0, f'{name}={getattr(config, name)} of --model={_MODEL.value}: has no half')
   halves = {
     'layers': {'n_layers': config.n_layers // 2},
     'channels': {'d_ff': config.d_ff // 2},
@@ -48,13 +53,14 @@ def timed(config: Any, zeros: float) -> tuple[Callable[[], Any], Callable[[], An
   import jax
   import jax.numpy as jnp
 
+  from slm_jax import sharding
   from slm_jax.model import decoder
   from slm_jax.model.decode import generate
   from slm_jax.prune import criteria
   from slm_jax.prune.matrices import matrices, put
   from slm_jax.prune.patterns import select
 
-  model = decoder.build(config)
+  model = decoder.build(config, sharding.devices(sharding.make_mesh(devices=jax.devices()[:1])))
   params = jax.jit(model.init)(jax.random.PRNGKey(0))
   if zeros:
     w = matrices(params)
@@ -83,13 +89,13 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: unexpected: {" ".join(argv[1:])}')
   import jax
 
-  from slm_jax.config import ConfigError
   from slm_jax.model.flops import flops_per_token, parameter_count
   from slm_jax.model.presets import preset
   from slm_jax.prune.target import kv_bytes
 
   try:
-    found = shapes(preset(_MODEL.value, '--model'))
+    whole = dataclasses.replace(preset(_MODEL.value, '--model'), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    found = shapes(whole)
   except ConfigError as error:
     sys.exit(f'error: {error}')
   cases = [(name, config, 0.0) for name, config in found.items()]

@@ -3,14 +3,17 @@
     launch/bench_gpu.sh                                  # on the machine with the card; ends within 9 minutes
     python -m experiments.bench_gpu [--rows=124m,1b,...] [--minutes=9] [--smoke] [--out=FILE]
 
+    attention       cuDNN against the reference in float32: the worst error of results and gradients over windows,
+                    documents, grouped queries and head sizes, and times as fast as the reference in bfloat16
     124m, 1b        steps of a Llama-shaped model, contexts of 1,024 and 2,048; MFU counts causal attention half
-    torch-124m      the same sizes as a GPT by torch.compile, fused attention and fused AdamW, bfloat16 autocast
+    124m-packed     the same with documents in its rows, which attention has to keep apart
+    torch-...       the same sizes as a GPT by torch.compile, fused attention and fused AdamW, bfloat16 autocast
     decode          tokens a second of 124M, 64 rows, a prompt of 128 and 128 new tokens, greedy
     population      8 arms of 1M under one teacher of 10M in one program, against one arm: times as many steps a second
 
 Each row is a process of its own, with its memory to itself; a batch that does not fit is halved until it does. Rows for
 which no time is left are left out, and say so. Steps are timed in runs of ten, waited for at the end; reported is the
-fastest run. `attention` is the kernel found in the compiled program. Needs jax, flax, optax and orbax, and no network.
+fastest run. `kernels` are the fused ones found in the compiled program. Needs jax, flax, optax and orbax, no network.
 --smoke: tiny sizes, for a machine without a card: that the script runs, not how fast anything is.
 """
 
@@ -27,12 +30,17 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments import bench_attention
+from experiments.bench_attention import fastest
+
 CASES = {
   '124m': {'layers': 12, 'heads': 12, 'width': 768, 'mlp': 2048, 'context': 1024, 'batch': 32, 'vocab': 50304},
   '1b': {'layers': 16, 'heads': 16, 'width': 2048, 'mlp': 5632, 'context': 2048, 'batch': 16, 'vocab': 50304},
 }
+CASES['124m-packed'] = CASES['124m']
 SMOKE = {'layers': 2, 'heads': 2, 'width': 64, 'mlp': 128, 'context': 64, 'batch': 4, 'vocab': 512}
-ROWS = ('124m', '1b', 'torch-124m', 'decode', 'population')
+ROWS = ('attention', '124m', '1b', '124m-packed', 'torch-124m', 'torch-1b', 'decode', 'population')
+WHOLE = 1 << 30  # tokens of a chunk: all logits at once
 
 _ROWS = flags.DEFINE_list('rows', list(ROWS), f'of {", ".join(ROWS)}')
 _MINUTES = flags.DEFINE_float('minutes', 9.0, 'after which nothing more is started or waited for', lower_bound=0.1)
@@ -58,42 +66,27 @@ def model_config(case: dict[str, int]) -> Any:
     max_len=case['context'],
     dtype='bfloat16',
     unroll=1,
-    remat='dots' if case['width'] >= 2048 else 'none',
   )
 
 
-def fastest(take: Callable[[], Any], wait: Callable[[Any], Any], runs: int, steps: int = 10) -> float:
-  """Seconds of a step, of the fastest of the runs."""
-  wait(take())
-  best = float('inf')
-  for _ in range(runs):
-    start = time.perf_counter()
-    for _ in range(steps):
-      last = take()
-    wait(last)
-    best = min(best, (time.perf_counter() - start) / steps)
-  return best
-
-
-def trained(case: dict[str, int]) -> dict[str, Any]:
-  """Tokens a second and MFU, with the largest batch that fits of the case's, its half, ..."""
-  import jax
-
+def with_room(of: Callable[[dict[str, int]], dict[str, Any]], case: dict[str, int]) -> dict[str, Any]:
+  """of(the case) with the largest batch that fits of the case's, its half, ..."""
   while True:
     try:
-      return _trained(case)
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error) or case['batch'] == 1:
+      return of(case)
+    except Exception as error:  # jax and torch have their own, and not every machine has torch
+      if not any(says in str(error) for says in ('RESOURCE_EXHAUSTED', 'out of memory')) or case['batch'] == 1:
         raise
       case = {**case, 'batch': case['batch'] // 2}
 
 
-def _trained(case: dict[str, int]) -> dict[str, Any]:
+def trained(case: dict[str, int], packed: bool = False) -> dict[str, Any]:
+  """Tokens a second and MFU."""
   import jax
   import numpy as np
 
   from slm_jax import perf, sharding
-  from slm_jax.model import decoder
+  from slm_jax.model import decoder, fused
   from slm_jax.model.flops import flops_per_token, parameter_count
   from slm_jax.optim import OptimConfig, optimizer
   from slm_jax.step import init_state, make_step
@@ -102,12 +95,13 @@ def _trained(case: dict[str, int]) -> dict[str, Any]:
   model, optim = decoder.build(config, sharding.devices(mesh)), optimizer(OptimConfig(), 1000)
   b, t = case['batch'], case['context']
   tokens = np.random.default_rng(0).integers(0, case['vocab'], (b, t + 1)).astype(np.int32)
-  ones = np.ones((b, t))
-  batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': ones.astype('int32')}
-  batch = jax.device_put({**batch, 'mask': ones.astype('float32')})
+  batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'mask': np.ones((b, t), np.float32)}
+  if packed:
+    batch['segments'] = 1 + 4 * np.arange(t, dtype=np.int32)[None] // t + np.zeros((b, 1), np.int32)
+  batch = jax.device_put(batch)
   fresh = jax.jit(lambda key: init_state(key, model.init(key), optim))
   start = time.perf_counter()
-  lowered = jax.jit(make_step(model, optim, chunk=8192), donate_argnums=0)
+  lowered = jax.jit(make_step(model, optim, chunk=WHOLE), donate_argnums=0)
   compiled = lowered.lower(jax.eval_shape(fresh, jax.random.PRNGKey(0)), batch, {}).compile()
   seconds, state = time.perf_counter() - start, fresh(jax.random.PRNGKey(0))
 
@@ -117,7 +111,6 @@ def _trained(case: dict[str, int]) -> dict[str, Any]:
     return metrics['loss']
 
   step = fastest(take, jax.block_until_ready, 3 if not _SMOKE.value else 1)
-  text, peak = compiled.as_text(), (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
   speed = b * t / step
   return {
     'batch': b,
@@ -125,8 +118,8 @@ def _trained(case: dict[str, int]) -> dict[str, Any]:
     'tokens_per_second': speed,
     'mfu': speed * flops_per_token(config, t) / perf.peak_flops()[0],
     'compile_seconds': seconds,
-    'peak_bytes': peak,
-    'attention': next((name for name in ('cudnn', 'splash') if name in text), 'reference'),
+    'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
+    'kernels': fused.kernels_in(compiled.as_text()),
     'loss': float(take()),
   }
 
@@ -192,11 +185,15 @@ def population() -> dict[str, Any]:
 
 def work(row: str) -> dict[str, Any]:
   case = SMOKE if _SMOKE.value else CASES.get(row.removeprefix('torch-'), CASES['124m'])
+  if row == 'attention':
+    return bench_attention.measured(smoke=_SMOKE.value)
   if row == 'decode':
     return decoded(case)
   if row == 'population':
     return population()
-  return torch_trained(case) if row.startswith('torch-') else trained(case)
+  if row.startswith('torch-'):
+    return with_room(torch_trained, case)
+  return with_room(lambda case: trained(case, row.endswith('-packed')), case)
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
