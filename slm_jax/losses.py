@@ -59,9 +59,9 @@ def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
   def token_loss(logits, tokens, context) -> Terms:
     del context
     targets, mask = tokens['targets'], tokens['mask']
-    log_z = vocabulary.log_z(logits)
+    log_z, best = vocabulary.log_z_and_most_likely(logits)
     nats = log_z - vocabulary.at(logits, targets[..., None])[..., 0]
-    hits = vocabulary.most_likely(logits) == targets
+    hits = best == targets
     count = mask.sum()
     terms = {
       'loss': Term((nats * mask).sum(), count, 1.0),

@@ -143,6 +143,15 @@ def most_likely(logits: Logits) -> jax.Array:
   return largest(constant(logits), 1)[1][..., 0]
 
 
+def log_z_and_most_likely(logits: Logits) -> tuple[jax.Array, jax.Array]:
+  """Both; an array is read twice for them, and not three times: the largest logit is that of the most likely token."""
+  best = most_likely(logits)
+  if isinstance(logits, Blocks):
+    return log_z(logits), best
+  peak = jax.lax.stop_gradient(at(logits, best[..., None]))
+  return jnp.log(jnp.exp(logits - peak).sum(-1)) + peak[..., 0], best
+
+
 def drawn(logits: Logits, uniform: jax.Array) -> jax.Array:
   """One draw for each of the numbers in [0, 1), [..., U], by the inverse of the cumulative distribution. int32."""
   if not isinstance(logits, Blocks):

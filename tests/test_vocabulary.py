@@ -33,6 +33,7 @@ def close(a, b, tolerance=1e-5):
 QUESTIONS = {
   'whole': lambda z: vocabulary.whole(z)[..., :V],
   'log_z': vocabulary.log_z,
+  'log_z and most likely': lambda z: vocabulary.log_z_and_most_likely(z)[0],
   'log_z without': lambda z: vocabulary.log_z(z, without=IDS),
   'at': lambda z: vocabulary.at(z, IDS),
   'at log_softmax': lambda z: vocabulary.at(vocabulary.log_softmax(z, LOWEST), IDS),
@@ -67,6 +68,17 @@ def test_ids_and_draws_are_those_of_whole_logits(width):
   one = vocabulary.first(read(width), 6)
   most = vocabulary.drawn(one, jnp.full((B, T, 1), 1 - 1e-7))
   assert (most < 6).all()  # nothing is drawn of what is absent
+
+
+@pytest.mark.parametrize('scale', [1.0, 300.0])
+def test_log_z_beside_the_most_likely_is_logsumexp(scale):
+  """Exponentials of 300 overflow: the peak is taken off first, and has no gradient of its own."""
+  logits = scale * read(0)
+  (ours, best), pull = jax.vjp(vocabulary.log_z_and_most_likely, logits)
+  close(ours, jax.nn.logsumexp(logits, -1))
+  close(best, jnp.argmax(logits, -1), 0)
+  (gradient,) = pull((jnp.ones_like(ours), np.zeros(best.shape, jax.dtypes.float0)))
+  close(gradient, jax.nn.softmax(logits))
 
 
 @pytest.mark.parametrize('width', [4, 40])

@@ -54,7 +54,8 @@ _wide_by_narrow = jax.custom_vjp(_wide, nondiff_argnums=(0,))
 def _pull(spec: str, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
   (a, b), (inputs, output) = saved, spec.split('->')
   of_a, of_b = inputs.split(',')
-  cotangent = cotangent.astype(a.dtype)
+  # Once, before both products: XLA's GPU compiler would leave it to each of them, and write and read float32.
+  cotangent = jax.lax.optimization_barrier(cotangent.astype(a.dtype))
   return (
     _wide(f'{output},{of_b}->{of_a}', cotangent, b).astype(a.dtype),
     _wide(f'{output},{of_a}->{of_b}', cotangent, a).astype(b.dtype),
