@@ -32,7 +32,8 @@ def trainer(student: str, n_arms: int, teacher: str) -> tuple[Callable[[], Any],
   batch = jax.device_put({**batch, 'mask': ones.astype('float32')})
   fresh = jax.jit(lambda key: init_state(key, model.init(key), optim, transform))
   if n_arms == 1:
-    state, compiled = fresh(jax.random.PRNGKey(0)), jax.jit(step, donate_argnums=0)
+    state = fresh(jax.random.PRNGKey(0))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, frozen).compile()
   else:
     batch = jax.tree.map(lambda x: x[None], batch)  # of one order of the data
     together = jax.jit(program.together(step, jax.default_backend() != 'cpu'), donate_argnums=0)
