@@ -3,19 +3,18 @@
     launch/bench_gpu.sh                                  # on the machine with the card; ends within 9 minutes
     python -m experiments.bench_gpu [--rows=124m,1b,...] [--minutes=9] [--smoke] [--out=FILE]
 
-    attention       cuDNN against the reference in float32: the worst error of results and gradients over windows,
-                    documents, grouped queries and head sizes, and times as fast as the reference in bfloat16
     124m, 1b        steps of a Llama-shaped model, contexts of 1,024 and 2,048; MFU counts causal attention half
-    124m-packed     the same with documents in its rows, which attention has to keep apart
     torch-...       the same sizes as a GPT by torch.compile, fused attention and fused AdamW, bfloat16 autocast
     decode          tokens a second of 124M, 64 rows, a prompt of 128 and 128 new tokens, greedy
     population      8 arms of 1M under one teacher of 10M in one program, against one arm: times as many steps a second
+    124m-packed     124m with documents in its rows, which attention has to keep apart
+    attention       bench_attention.py: the fused kernel's worst error, and how many times as fast it is
 
-First all rows but PyTorch's are compiled, side by side, into a cache that is removed at the end, or into what
-JAX_COMPILATION_CACHE_DIR names. Then each runs in a process of its own, with the card to itself; a batch that does not
-fit is halved until it does. Rows for which no time is left are left out, and say so. Steps are timed in runs of ten,
-waited for at the end; reported is the fastest run. `kernels` are the fused ones found in the compiled program. Needs
-jax, flax, optax and orbax, no network.
+Each row is a process of its own, with the card to itself; a batch that does not fit is halved until it does. Rows for
+which no time is left are left out, and say so. (Compiling rows side by side was tried: each compilation times matrix
+products on the card, and those of eleven at once starved each other of memory.) Steps are timed in runs of ten, waited
+for at the end; reported is the fastest run. `kernels` are the fused ones found in the compiled program. Needs jax,
+flax, optax and orbax, no network.
 --smoke: tiny sizes, for a machine without a card: that the script runs, not how fast anything is.
 """
 
@@ -25,7 +24,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,19 +35,18 @@ from experiments import bench_attention
 from experiments.bench_attention import fastest
 
 CASES = {
-  '124m': {'layers': 12, 'heads': 12, 'width': 768, 'mlp': 2048, 'context': 1024, 'batch': 64, 'vocab': 50304},
+  '124m': {'layers': 12, 'heads': 12, 'width': 768, 'mlp': 2048, 'context': 1024, 'batch': 32, 'vocab': 50304},
   '1b': {'layers': 16, 'heads': 16, 'width': 2048, 'mlp': 5632, 'context': 2048, 'batch': 16, 'vocab': 50304},
 }
 CASES['124m-packed'] = CASES['124m']
 SMOKE = {'layers': 2, 'heads': 2, 'width': 64, 'mlp': 128, 'context': 64, 'batch': 4, 'vocab': 512}
-ROWS = ('attention', '124m', '1b', '124m-packed', 'torch-124m', 'torch-1b', 'decode', 'population')
+ROWS = ('124m', '1b', 'torch-124m', 'torch-1b', 'decode', 'population', '124m-packed', 'attention')
 WHOLE = 1 << 30  # tokens of a chunk: all logits at once
 
 _ROWS = flags.DEFINE_list('rows', list(ROWS), f'of {", ".join(ROWS)}')
 _MINUTES = flags.DEFINE_float('minutes', 9.0, 'after which nothing more is started or waited for', lower_bound=0.1)
 _SMOKE = flags.DEFINE_bool('smoke', False, 'tiny sizes')
 _OUT = flags.DEFINE_string('out', 'runs/bench_gpu/bench.json', 'where the figures go')
-_COMPILE = flags.DEFINE_bool('compile', False, 'internal: compile what the row needs, and no more')
 _WORKER = flags.DEFINE_string('worker', '', 'internal: the row of this process')
 
 
@@ -105,8 +102,6 @@ def trained(case: dict[str, int], packed: bool = False) -> dict[str, Any]:
   fresh = jax.jit(lambda key: init_state(key, model.init(key), optim))
   step_of = jax.jit(make_step(model, optim, chunk=WHOLE), donate_argnums=0)
   compiled = step_of.lower(jax.eval_shape(fresh, jax.random.PRNGKey(0)), batch, {}).compile()
-  if _COMPILE.value:
-    return {}
   state = fresh(jax.random.PRNGKey(0))
 
   def take() -> Any:
@@ -171,8 +166,6 @@ def decoded(case: dict[str, int]) -> dict[str, Any]:
     return generate(config, params, prompt, length, key, max_new=half, temperature=0.0)
 
   run = jax.jit(write).lower(params, prompt).compile()
-  if _COMPILE.value:
-    return {}
   seconds = fastest(lambda: run(params, prompt), jax.block_until_ready, 3 if not _SMOKE.value else 1, steps=1)
   return {'batch': rows, 'tokens_per_second': rows * half / seconds}
 
@@ -185,18 +178,14 @@ def population() -> dict[str, Any]:
   found = []
   for n in (8, 1):
     take, held = trainer(student, n, teacher)
-    if _COMPILE.value:
-      continue
     found.append(held / fastest(take, lambda last: last, 3 if not _SMOKE.value else 1))
-  if _COMPILE.value:
-    return {}
   return {'arms': 8, 'steps_per_second': found[0], 'of_one_arm': found[0] / found[1]}
 
 
 def work(row: str) -> dict[str, Any]:
   case = SMOKE if _SMOKE.value else CASES.get(row.removeprefix('torch-'), CASES['124m'])
   if row == 'attention':
-    return bench_attention.measured(_SMOKE.value, _COMPILE.value)
+    return bench_attention.summary(_SMOKE.value)
   if row == 'decode':
     return decoded(case)
   if row == 'population':
@@ -218,54 +207,29 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {", ".join(unknown)}: --rows of {", ".join(ROWS)}')
   end = time.monotonic() + 60 * _MINUTES.value
   rows: dict[str, dict[str, Any]] = {}
-  with tempfile.TemporaryDirectory() as cache:
-    cache = os.environ.get('JAX_COMPILATION_CACHE_DIR', cache)
-    compile_all([row for row in _ROWS.value if not row.startswith('torch-')], cache, end - time.monotonic())
-    for row in _ROWS.value:
-      rows[row] = figures(row, cache, end - time.monotonic())
-      print(row, '  '.join(f'{name} {shown(x)}' for name, x in rows[row].items()), flush=True)
+  for row in _ROWS.value:
+    rows[row] = figures(row, end - time.monotonic())
+    print(row, '  '.join(f'{name} {shown(x)}' for name, x in rows[row].items()), flush=True)
   out = Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps({'machine': platform.platform(), **versions(), 'rows': rows}, indent=1) + '\n')
   print(f'\n{out}')
 
 
-def worker(row: str, cache: str, compile_only: bool) -> subprocess.Popen[str]:
-  """The process of a row; it must leave the card's memory to others while it compiles beside them."""
-  env = {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  if compile_only:
-    env['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  command = [sys.executable, '-m', 'experiments.bench_gpu', f'--worker={row}', f'--smoke={_SMOKE.value}']
-  command += [f'--compile={compile_only}']
-  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
-
-
-def compile_all(rows: list[str], cache: str, seconds: float) -> None:
-  """What fails or is late here is compiled again later, and says then why it cannot be."""
-  start, processes = time.monotonic(), [worker(row, cache, True) for row in rows]
-  for process in processes:
-    try:
-      process.communicate(timeout=max(0.1, seconds - (time.monotonic() - start)))
-    except subprocess.TimeoutExpired:
-      process.kill()
-  print(f'compiled in {time.monotonic() - start:.0f} s', flush=True)
-
-
-def figures(row: str, cache: str, seconds: float) -> dict[str, Any]:
+def figures(row: str, seconds: float) -> dict[str, Any]:
   """Of a process of its own; {'error': ...} if there are none."""
   if row.startswith('torch-') and importlib.util.find_spec('torch') is None:
     return {'error': 'torch is not installed'}
   if seconds < 5:
     return {'error': 'no time was left'}
-  process = worker(row, cache, False)
+  command = [sys.executable, '-m', 'experiments.bench_gpu', f'--worker={row}', f'--smoke={_SMOKE.value}']
   try:
-    out, err = process.communicate(timeout=seconds)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=dict(os.environ))
   except subprocess.TimeoutExpired:
-    process.kill()
     return {'error': 'took longer than was left'}
-  if process.returncode:
-    return {'error': err.strip().splitlines()[-1][:300] if err.strip() else f'exit {process.returncode}'}
-  return json.loads(out.strip().splitlines()[-1])
+  if done.returncode:
+    return {'error': done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else f'exit {done.returncode}'}
+  return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def versions() -> dict[str, Any]:

@@ -111,7 +111,7 @@ def log_softmax(logits: Logits, lowest: float) -> Logits:
 def at(logits: Logits, ids: jax.Array) -> jax.Array:
   """z of the ids [..., K]."""
   if not isinstance(logits, Blocks):
-    return jnp.take_along_axis(logits, ids, axis=-1)
+    return _one_of(logits, ids) if ids.shape[-1] == 1 else jnp.take_along_axis(logits, ids, axis=-1)
 
   def add(carry, block, there, start):
     here = (ids >= start) & (ids < start + logits.width)
@@ -119,6 +119,22 @@ def at(logits: Logits, ids: jax.Array) -> jax.Array:
     return carry + jnp.where(here, found, 0.0)
 
   return _fold(add, 0.0, logits, ids.shape[-1:])
+
+
+@jax.custom_vjp
+def _one_of(logits: jax.Array, ids: jax.Array) -> jax.Array:
+  """[..., 1]. Its gradient is a comparison, which fuses with what else there is; a gather's would be a scatter, between
+  the softmax's gradient and the products that take it: two more passes over float32 logits, on a GPU."""
+  return jnp.take_along_axis(logits, ids, axis=-1)
+
+
+def _pull_one(saved: tuple[jax.Array, int], cotangent: jax.Array) -> tuple[jax.Array, None]:
+  ids, size = saved
+  tokens = jax.lax.broadcasted_iota(ids.dtype, (*ids.shape[:-1], size), ids.ndim - 1)
+  return jnp.where(tokens == ids, cotangent, 0.0), None
+
+
+_one_of.defvjp(lambda logits, ids: (jnp.take_along_axis(logits, ids, axis=-1), (ids, logits.shape[-1])), _pull_one)
 
 
 def largest(logits: Logits, k: int) -> tuple[jax.Array, jax.Array]:

@@ -101,3 +101,16 @@ def test_padded_vocabulary_of_minus_infinity_changes_nothing():
     return jax.value_and_grad(f, (0, 1))(hidden, head)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), loss(lambda w, x: x @ w), loss(padded))
+
+
+def test_logits_and_their_gradient_are_read_and_written_as_few_times_as_can_be():
+  """Two reductions (the largest, the sum of exponentials), and a gradient that nothing is scattered into."""
+  _, _, batch = problem(2, 5, 8, 30)
+
+  def loss(logits):
+    return losses.objective(losses.cross_entropy()(logits, batch, None))
+
+  program = str(jax.make_jaxpr(jax.value_and_grad(loss))(jnp.ones((2, 5, 30))))
+  assert 'scatter' not in program
+  assert program.count('argmax[') == 1
+  assert sum('reduce_' in line and 'axes=(2,)' in line for line in program.splitlines()) == 1

@@ -7,6 +7,7 @@ import optax
 import pytest
 from toy import toy_batch, toy_model
 
+from slm_jax import vocabulary
 from slm_jax.distill.divergences import kl
 from slm_jax.distill.logits import distill
 from slm_jax.ema import ema
@@ -57,10 +58,8 @@ def test_the_empty_chain_and_the_identity_compile_to_a_plain_step():
     def objective(params):
       logits = MODEL.head(params, MODEL.hidden(params, batch))
       mask = batch['mask']
-      best = jnp.argmax(logits, axis=-1, keepdims=True)
-      peak = jax.lax.stop_gradient(jnp.take_along_axis(logits, best, axis=-1))
-      log_z = jnp.log(jnp.exp(logits - peak).sum(-1)) + peak[..., 0]
-      nats = log_z - jnp.take_along_axis(logits, batch['targets'][..., None], axis=-1)[..., 0]
+      log_z, _ = vocabulary.log_z_and_most_likely(logits)
+      nats = log_z - vocabulary.at(logits, batch['targets'][..., None])[..., 0]
       return (nats * mask).sum() / jnp.maximum(mask.sum(), 1)
 
     loss, grads = jax.value_and_grad(objective)(state.params)
