@@ -147,7 +147,7 @@ def gradient(
   batch: Any,
   parts: int = 1,
   groups: int = 1,
-  axis: str | None = None,
+  axis: str | tuple[str, ...] | None = None,
 ) -> tuple[Terms, Any]:
   """Terms and gradient of the objective over `batch`, computed in `parts` slices of it along the leading axis.
 

@@ -21,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slm_jax.config import ConfigError, require
 from slm_jax.model.fused import Devices
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('slice', 'data', 'fsdp', 'tensor')
+REPLICAS = ('slice', 'data')  # along these, devices have the same parameters
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axis (or axes); what is not named here is replicated
 RULES: Rules = {
-  'batch': ('data', 'fsdp'),
+  'batch': ('slice', 'data', 'fsdp'),
   'time': None,  # of the residual stream between layers; 'tensor': sequence parallelism (arXiv 2205.05198)
   'embed': 'fsdp',
   'vocab': 'tensor',
@@ -37,10 +38,10 @@ RULES: Rules = {
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A `data x fsdp x tensor` mesh over all devices, those of a host side by side; data=0 takes what is left.
+  """A `slice x data x fsdp x tensor` mesh over all devices, those of a host side by side.
 
-  Of several TPU slices, which only the slower data-centre network joins, each has a stretch of `data` to itself: what
-  crosses is one reduction of gradients.
+  data: copies of the parameters, of all slices together; 0 takes what is left. `slice` is as long as there are TPU
+  slices, which only the slower data-centre network joins: what crosses is one reduction of gradients an update.
   """
   if devices is None:
     devices = jax.devices()
@@ -53,7 +54,7 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   require(data * rest == n, f'run: data x fsdp x tensor = {data} x {fsdp} x {tensor} is not the {n} devices')
   slices = len(set(map(_slice, devices)))
   require(data % slices == 0, f'run.data_parallel={data}: does not split over the {slices} slices')
-  return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), AXES)
+  return Mesh(np.asarray(devices).reshape(slices, data // slices, fsdp, tensor), AXES)
 
 
 def _slice(device: jax.Device) -> int:
@@ -62,23 +63,30 @@ def _slice(device: jax.Device) -> int:
 
 
 def rules_of_teachers(spread: bool) -> Rules:
-  """Of frozen parameters; spread: over 'data' too, gathered layer by layer when they are used."""
+  """Of frozen parameters; spread: over 'data' too, and gathered, inside of a slice, when they are used."""
   return {**RULES, 'embed': ('data', 'fsdp')} if spread else RULES
 
 
 def devices(mesh: Mesh, mapped: bool = False, grouped: bool = False) -> Devices:
   """What a model is told of the devices that its programs are for.
 
-  mapped: whether those are many arms' under vmap. grouped: whether it is one of `groups` of rows, which are spread over
-  the axis 'data' by the vmap around it.
+  mapped: whether those are many arms' under vmap. grouped: whether the model sees one of `groups` of rows, which the
+  vmap around it spreads.
   """
   first, heads = mesh.devices.flat[0], RULES.get('heads')
-  rows = tuple(axis for axis in _axes(RULES['batch']) if not (grouped and axis == 'data'))
+  rows = tuple(axis for axis in _axes(RULES['batch']) if not (grouped and axis in REPLICAS))
   if not (heads is None or isinstance(heads, str)) or heads != RULES.get('kv_heads'):
     raise ConfigError(f'sharding.RULES: heads={heads!r}, kv_heads={RULES.get("kv_heads")!r}: must be one mesh axis')
   hopper = float(getattr(first, 'compute_capability', 0)) >= 9
-  stream = None if mapped or mesh.size == 1 else functools.partial(_stream, mesh, rows)
-  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, stream)
+  lie: dict[str, Any] = {}
+  if not mapped and mesh.size > 1:
+    lie = {'stream': functools.partial(_stream, mesh, rows), 'embedded': functools.partial(_embedded, mesh, rows)}
+  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, **lie)
+
+
+def groups(mesh: Mesh) -> dict[str, Any]:
+  """Of rows whose gradients are added up once, at the end: how many, and the mesh axes over which they are spread."""
+  return {'groups': _ways(mesh, REPLICAS), 'axis': REPLICAS}
 
 
 def _stream(mesh: Mesh, rows: tuple[str, ...], x_BTD: jax.Array) -> jax.Array:
@@ -94,6 +102,24 @@ def _stream(mesh: Mesh, rows: tuple[str, ...], x_BTD: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, where))
 
 
+def _embedded(
+  mesh: Mesh, rows: tuple[str, ...], look_up: Callable[[jax.Array], jax.Array], tokens_BT: jax.Array
+) -> jax.Array:
+  """Each device looks its part of the width up, for the tokens of those with whom it shares the width.
+
+  Left alone, the compiler looks it up for the tokens of all devices, and sends what it finds between slices too.
+  """
+  width = _axes(RULES['embed'])
+  others = tuple(axis for axis in rows if axis not in width)
+  if len(tokens_BT) % _ways(mesh, others):
+    return look_up(tokens_BT)
+
+  def lies(x, *axes):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(others or None, None, *axes)))
+
+  return lies(look_up(lies(tokens_BT)), width or None)
+
+
 def _axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (target,) if isinstance(target, str) else target or ()
 
@@ -103,7 +129,7 @@ def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sequences over `data` and `fsdp`; every entry of a batch has B as its first axis."""
+  """Sequences over all axes but `tensor`; every entry of a batch has B as its first axis."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
@@ -113,7 +139,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   """Each micro-batch must split evenly over the devices that share it."""
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  ways = _ways(mesh, _axes(RULES['batch']))
   require(
     batch_size % (ways * accumulate) == 0,
     f'data.batch_size={batch_size}: not divisible by train.accumulate={accumulate} x {ways} data-parallel devices',
@@ -173,6 +199,7 @@ def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules | None = None) -> A
 
 def spread(layout: Any, shapes: Any, mesh: Mesh) -> Any:
   """The layout of an optimiser's state, cut over 'data' as well: along the first axis that divides, and is not cut yet.
+  Each slice has all of it, so that the new parameters are gathered inside of one.
 
   Layers come first, so that an optimiser that needs whole matrices (Muon) has them, wherever their number divides.
   """

@@ -247,7 +247,7 @@ def make_step(
   z_loss: float = 0.0,
   chunk: int = losses.CHUNK,
   groups: int = 1,
-  axis: str | None = None,
+  axis: str | tuple[str, ...] | None = None,
 ) -> Callable[[TrainState, Batch, Mapping[str, Any]], tuple[TrainState, Metrics]]:
   """Returns the pure function `(state, batch, frozen) -> (state, metrics)`; jit it once, donate the state.
 

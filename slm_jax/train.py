@@ -152,8 +152,7 @@ def assemble(
     accumulate=config.train.accumulate,
     z_loss=config.train.z_loss,
     chunk=config.train.loss_chunk,
-    groups=mesh.shape['data'],
-    axis='data',
+    **sharding.groups(mesh),
   )
 
   # ---- state: shapes, layout on the devices, how to make a fresh one

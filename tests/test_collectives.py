@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import BIG, CONFIG, MODEL, TEACHER, batch, layout_of, losses
+from test_sharding import BIG, CONFIG, MODEL, TEACHER, batch, layout_of, losses, mesh_of
 
 from launch.aot_hlo import collectives
 from slm_jax import sharding
@@ -28,11 +28,11 @@ def fresh(transform):
 
 def moved(shape, transform=chain(), teacher=None, spread=True, **options):
   """Bytes of each kind of collective in one step, by (kind, devices in a group)."""
-  mesh = sharding.make_mesh(*shape)
+  mesh = mesh_of(*shape)
   model = decoder.build(CONFIG, sharding.devices(mesh, grouped=True))
   shapes, axes = jax.eval_shape(lambda: fresh(transform)), decoder.logical_axes(CONFIG)
   layout = layout_of(shapes, axes, mesh) if spread else sharding.shardings(shapes, axes, mesh)
-  options = {'groups': mesh.shape['data'], 'axis': 'data', **options}
+  options = {**sharding.groups(mesh), **options}
   step = jax.jit(make_step(model, OPTIM, transform, **options), donate_argnums=0, out_shardings=(layout, None))
   state = jax.jit(lambda: fresh(transform), out_shardings=layout)()
   compiled = step.lower(state, sharding.placer(mesh)(batch(0)), {'teacher': teacher}).compile()
@@ -57,6 +57,16 @@ def test_a_spread_optimiser_gathers_the_parameters_once():
   assert found['all-gather', 8] <= PARAMS
 
 
+@pytest.mark.parametrize('fsdp', [1, 4])
+def test_between_slices_gradients_are_added_up_and_nothing_is_gathered(fsdp):
+  """Parameters are gathered among the four devices of a slice, after the update or, fully sharded, in every layer."""
+  found = moved((2, 4 // fsdp, fsdp, 1))
+  across = {key: size for key, size in found.items() if key[1] in (2, 8)}
+  assert {kind for kind, _ in across} == {'all-reduce'}
+  assert PARAMS / fsdp <= sum(across.values()) <= PARAMS + SMALL
+  assert ('all-gather', 4) in found
+
+
 def test_a_teacher_that_every_device_has_costs_no_talk():
   mesh = sharding.make_mesh(8, 1, 1)
   its = sharding.place(TEACHER.init(jax.random.PRNGKey(5)), decoder.logical_axes(BIG), mesh)
@@ -71,7 +81,8 @@ def test_fully_sharded_steps_gather_each_weight_twice_and_scatter_it_once():
   found = moved((1, 8, 1))
   assert found['all-gather', 8] <= 2 * PARAMS
   assert found['all-reduce', 8] + found['reduce-scatter', 8] <= PARAMS + SMALL
-  assert found['all-to-all', 8] <= PARAMS / 4  # of the embedding table, which is looked up by tokens that are elsewhere
+  assert found['all-to-all', 8] <= PARAMS / 4  # of looked-up embeddings: all of the width for one's own tokens
+  assert {kind for kind, _ in found} <= {'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all'}
 
 
 def test_tensor_parallel_steps_add_up_what_each_matrix_made_in_part():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from slm_jax import sharding
 from slm_jax.config import ConfigError
@@ -32,11 +32,18 @@ def batch(step):
   return {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': segments[:, :-1], 'mask': same}
 
 
+def mesh_of(*shape):
+  """data x fsdp x tensor, or, of four numbers, as many slices of those: which devices of a CPU are not in."""
+  return (
+    sharding.make_mesh(*shape) if len(shape) == 3 else Mesh(np.asarray(jax.devices()).reshape(shape), sharding.AXES)
+  )
+
+
 def losses(mesh, steps=8, spread_teacher=False, **options):
   """As train.assemble makes it."""
   model = decoder.build(CONFIG, sharding.devices(mesh, grouped=True))
   teacher = decoder.build(BIG, sharding.devices(mesh))
-  options = {'groups': mesh.shape['data'], 'axis': 'data', **options}
+  options = {**sharding.groups(mesh), **options}
   optim = optimizer(OptimConfig(learning_rate=1e-2, warmup=2), steps)
   transform = chain(distill(teacher, 0.5, 2.0), prune(0.5, 2, 6, 2, Rules(allocation='global')), ema(0.9))
   axes = decoder.logical_axes(CONFIG)
@@ -69,13 +76,15 @@ def one_device():
   return losses(sharding.make_mesh(devices=jax.devices()[:1]))[0]
 
 
-@pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+  'shape', [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (2, 4, 1, 1), (2, 1, 4, 1), (2, 2, 1, 2)]
+)
 def test_every_mesh_gives_the_losses_of_one_device(shape, one_device):
   """Distilling and pruning included; the masks come out equal, so the density does too."""
-  ours, state = losses(sharding.make_mesh(*shape))
+  ours, state = losses(mesh_of(*shape))
   np.testing.assert_allclose(ours, one_device, rtol=1e-5)
   used = {axis for axis in state.params['layers']['up'].sharding.spec if axis}
-  assert used == {name for name, size in zip(sharding.AXES[1:], shape[1:], strict=True) if size > 1}
+  assert used == {name for name, size in zip(('fsdp', 'tensor'), shape[-2:], strict=True) if size > 1}
 
 
 def test_accumulation_on_a_mesh(one_device):
@@ -106,14 +115,15 @@ def sliced(*counts):
   return [Sliced(16 * s + i, s) for s, count in enumerate(counts) for i in range(count)]
 
 
-def test_slices_split_the_data_axis_only():
+def test_a_slice_has_an_axis_of_its_own():
   mesh = sharding.make_mesh(4, 2, 1, sliced(4, 4)[::-1])
-  assert [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  assert dict(mesh.shape) == {'slice': 2, 'data': 2, 'fsdp': 2, 'tensor': 1}
+  assert [{device.slice_index for device in devices.flat} for devices in mesh.devices] == [{0}, {1}]
 
 
 def test_a_model_is_told_where_its_sequences_and_heads_are():
   told = sharding.devices(sharding.make_mesh(2, 2, 2))
-  assert (told.platform, told.rows, told.heads, told.ways()) == ('cpu', ('data', 'fsdp'), 'tensor', (4, 2))
+  assert (told.platform, told.rows, told.heads, told.ways()) == ('cpu', ('slice', 'data', 'fsdp'), 'tensor', (4, 2))
 
 
 @pytest.mark.parametrize(

@@ -303,11 +303,15 @@ class Decoder(nn.Module):
     documents_BT = start_BT if packed else None
     attend = attend_by(c, self.devices, documents_BT, *tokens_BT.shape) if cache is None else None
     slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
-    stream = (self.devices.stream if self.devices and cache is None else None) or (lambda x_BTD: x_BTD)
-    x_BTD = stream(ops.embed(self.weights['embed']['tokens'], tokens_BT, c.embed_scale, c.dtype))
+    told = self.devices if cache is None else None
+    stream = (told and told.stream) or (lambda x_BTD: x_BTD)
+    embedded = (told and told.embedded) or (lambda look_up, tokens_BT: look_up(tokens_BT))
+    table = self.weights['embed']
+    x_BTD = embedded(lambda tokens_BT: ops.embed(table['tokens'], tokens_BT, c.embed_scale, c.dtype), tokens_BT)
     if c.positions == 'learned':
       position_BT = jnp.maximum(slot_BT - start_BT, 0)  # negative in the padding before a row's start
-      x_BTD = x_BTD + ops.embed(self.weights['embed']['positions'], position_BT, 1.0, c.dtype)
+      x_BTD = x_BTD + ops.embed(table['positions'], position_BT, 1.0, c.dtype)
+    x_BTD = stream(x_BTD)
     places = _places(c, slot_BT, start_BT)
     embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
     weights = {**self.weights['layers'], **self.variables['params'].get('taps', {})}

@@ -46,6 +46,7 @@ class Devices(NamedTuple):
   widest: int = 128  # head size that its cuDNN can do
   mapped: bool = False  # whether the program is one of many arms under vmap
   stream: Callable[[jax.Array], jax.Array] | None = None  # x_BTD, said to lie as the residual stream does
+  embedded: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array] | None = None  # (look up, tokens) -> x
 
   def ways(self) -> tuple[int, int]:
     """Over how many devices (sequences, heads) are spread."""
