@@ -162,8 +162,17 @@ def gradient(
     (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, batch)), has_aux=True)(params)
     return terms, grads
   slices = jax.tree.map(lambda x: _slices(x, parts, groups), batch)
-  each = jax.vmap(lambda part: {name: term.count for name, term in terms_of(params, part).items()})
-  counts = jax.tree.map(lambda x: x.sum((0, 1)), jax.vmap(each)(slices))
+
+  def counted(part):
+    return {name: term.count for name, term in terms_of(params, part).items()}
+
+  def counts_of(part):
+    """Of [groups, ...]. A single group needs no vmap, for which not every kernel has a rule."""
+    if groups == 1:
+      return counted(jax.tree.map(lambda x: x[0], part))
+    return jax.tree.map(lambda x: x.sum(0), jax.vmap(counted, spmd_axis_name=axis)(part))
+
+  counts = jax.tree.map(lambda x: x.sum(0), jax.lax.map(counts_of, slices))
 
   def of(part):
     (_, terms), grads = jax.value_and_grad(lambda p: _with_terms(terms_of(p, part), counts), has_aux=True)(params)

@@ -81,7 +81,8 @@ def devices(mesh: Mesh, mapped: bool = False, grouped: bool = False) -> Devices:
   lie: dict[str, Any] = {}
   if not mapped and mesh.size > 1:
     lie = {'stream': functools.partial(_stream, mesh, rows), 'embedded': functools.partial(_embedded, mesh, rows)}
-  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, **lie)
+  several = grouped and _ways(mesh, REPLICAS) > 1
+  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, several, **lie)
 
 
 def groups(mesh: Mesh) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Devices(NamedTuple):
   heads: str | None = None  # mesh axis over which heads are
   widest: int = 128  # head size that its cuDNN can do
   mapped: bool = False  # whether the program is one of many arms under vmap
+  grouped: bool = False  # whether it is one of several groups of rows under vmap
   stream: Callable[[jax.Array], jax.Array] | None = None  # x_BTD, said to lie as the residual stream does
   embedded: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array] | None = None  # (look up, tokens) -> x
 
@@ -89,7 +90,7 @@ def unsuited(kernel: Kernel, config: ModelConfig, devices: Devices | None, b: in
   if t % 2:
     return f'cuDNN needs an even length, not {t}'
   if devices and devices.mapped:
-    return "cuDNN's rule for vmap mistakes one mask for all arms (jax 0.10)"
+    return "cuDNN's rule for vmap mistakes one mask for all arms (jax 0.10 and 0.11)"
   return ''
 
 
@@ -105,7 +106,8 @@ def attend_by(
   if kernel == 'reference':
     return None
   on_tpu = devices.platform == 'tpu' if devices else jax.default_backend() == 'tpu'
-  of = _cudnn if kernel == 'cudnn' else functools.partial(_splash, interpret=not on_tpu)
+  by_head = devices is not None and devices.grouped
+  of = functools.partial(_cudnn, by_head) if kernel == 'cudnn' else functools.partial(_splash, not on_tpu)
 
   def one(q, k, v, documents, is_global):
     return of(config, q, k, v, None if documents_BT is None else documents, is_global)
@@ -131,13 +133,13 @@ def _spread(one: Callable[..., jax.Array], devices: Devices | None) -> Callable[
 
 
 def _splash(
+  interpret: bool,
   config: ModelConfig,
   q_BTHK: jax.Array,
   k_BTGK: jax.Array,
   v_BTGK: jax.Array,
   documents_BT: jax.Array | None,
   is_global: jax.Array,
-  interpret: bool,
 ) -> jax.Array:
   """jax.experimental.pallas.ops.tpu.splash_attention (arXiv 2205.14135), a sequence at a time.
 
@@ -201,6 +203,7 @@ def _splash_kernel(heads: int, t: int, window: int, interpret: bool) -> Any:
 
 
 def _cudnn(
+  by_head: bool,
   config: ModelConfig,
   q_BTHK: jax.Array,
   k_BTGK: jax.Array,
@@ -209,7 +212,10 @@ def _cudnn(
   is_global: jax.Array,
 ) -> jax.Array:
   """cuDNN's flash attention. It skips what causality empties; documents and windows are a mask [B,1,T,T], shared by
-  all heads and, in an unrolled model, by all layers."""
+  all heads and, in an unrolled model, by all layers.
+
+  by_head: the mask is [B,H,T,T], which is the only one that its rule for vmap knows (jax 0.10 and 0.11).
+  """
   t = q_BTHK.shape[1]
   slot_1T1, slot_11S = jnp.arange(t)[None, :, None], jnp.arange(t)[None, None]
   mask = None
@@ -218,11 +224,13 @@ def _cudnn(
   if config.window:
     near = (slot_11S > slot_1T1 - config.window) | is_global
     mask = near if mask is None else mask & near
+  if mask is not None:
+    mask = jnp.repeat(mask[:, None], q_BTHK.shape[2] if by_head else 1, axis=1)
   return jax.nn.dot_product_attention(
     q_BTHK,
     k_BTGK,
     v_BTGK,
-    mask=None if mask is None else mask[:, None],
+    mask=mask,
     scale=1.0,
     is_causal=True,
     implementation='cudnn',

@@ -14,11 +14,16 @@ import numpy as np
 import pytest
 
 from slm_jax import sharding
+from slm_jax.ablate.program import together
 from slm_jax.config import ConfigError
+from slm_jax.distill.logits import distill
 from slm_jax.model import decoder, fused
 from slm_jax.model.attention import attention, document_starts
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.fused import Devices, attend_by, choose
+from slm_jax.optim import OptimConfig, optimizer
+from slm_jax.prune.transform import prune
+from slm_jax.step import chain, init_state, make_step
 
 TPU, GPU, CPU = Devices('tpu'), Devices('gpu'), Devices('cpu')
 CALLS = ('Softmax', 'SoftmaxBackward', 'ScaleBiasSoftmax', 'ScaleBiasSoftmaxBackward')  # of cuDNN
@@ -146,15 +151,24 @@ def pretended_cudnn(monkeypatch):
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_000)
 
 
-def lowered_for_cuda(config, devices, b=4, t=64, packed=True):
-  """The text of loss and gradient of a decoder, for a GPU."""
-  of = decoder.build(config, devices)
-  params = jax.eval_shape(of.init, jax.random.key(0))
-  tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
-  batch = {'inputs': tokens, **({'segments': tokens} if packed else {})}
-  step = jax.jit(jax.grad(lambda p, batch: of.head(p, of.hidden(p, batch)).var()))
+def for_cuda(fn, *args):
+  """The text of a function of shapes, for a GPU."""
   allowed = [jax.export.DisabledSafetyCheck.custom_call(f'__cudnn$fmha{name}') for name in CALLS]
-  return jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(params, batch).mlir_module()
+  return jax.export.export(jax.jit(fn), platforms=['cuda'], disabled_checks=allowed)(*args).mlir_module()
+
+
+def batch_of(b=4, t=64):
+  tokens, mask = jax.ShapeDtypeStruct((b, t), jnp.int32), jax.ShapeDtypeStruct((b, t), jnp.float32)
+  return {'inputs': tokens, 'targets': tokens, 'segments': tokens, 'mask': mask}
+
+
+def lowered_for_cuda(config, devices, packed=True):
+  """Loss and gradient of a decoder."""
+  of, batch = decoder.build(config, devices), batch_of()
+  if not packed:
+    del batch['segments']
+  params = jax.eval_shape(of.init, jax.random.key(0))
+  return for_cuda(jax.grad(lambda p, batch: of.head(p, of.hidden(p, batch)).var()), params, batch)
 
 
 @pytest.mark.parametrize('window', [0, 16])
@@ -173,6 +187,32 @@ def test_a_gpu_is_given_the_reference_where_cudnn_cannot(pretended_cudnn):
   config = model(4, 2, 64, n_layers=1)
   assert fused.kernels_in(lowered_for_cuda(config, GPU)) == {}, 'float32'
   assert fused.kernels_in(lowered_for_cuda(dataclasses.replace(config, dtype='bfloat16'), CPU)) == {}
+
+
+@pytest.mark.parametrize('accumulate, groups', [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_whole_step_that_distils_and_prunes_is_lowered_for_gpus(pretended_cudnn, accumulate, groups):
+  """As train.py jits it: parts of a batch, groups of rows, AdamW, masks and all; the teacher's forward pass too."""
+  config = model(4, 2, 64, dtype='bfloat16', n_layers=2, unroll=1)
+  student = decoder.build(config, GPU._replace(grouped=groups > 1))
+  teacher = decoder.build(dataclasses.replace(config, n_layers=3), GPU)
+  optim = optimizer(OptimConfig(), 100)
+  transform = chain(distill(teacher, 0.5, 2.0), prune(0.5, 10, 50, 10))
+  state = jax.eval_shape(lambda key: init_state(key, student.init(key), optim, transform), jax.random.key(0))
+  frozen = {'teacher': jax.eval_shape(teacher.init, jax.random.key(0))}
+  step = make_step(student, optim, transform, accumulate=accumulate, groups=groups)
+  text = for_cuda(step, state, batch_of(), frozen)
+  assert fused.kernels_in(text)['cudnn'] >= 3, 'forward and backward of the student, forward of the teacher'
+
+
+def test_a_population_is_lowered_for_a_gpu(pretended_cudnn):
+  """By the reference: see `unsuited`."""
+  config = model(4, 2, 64, dtype='bfloat16', n_layers=2, unroll=1)
+  student, optim = decoder.build(config, GPU._replace(mapped=True)), optimizer(OptimConfig(), 100)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 6).reshape(2, 3))
+  fresh = jax.vmap(jax.vmap(lambda key: init_state(key, student.init(key), optim)))
+  states = jax.eval_shape(fresh, keys)._replace(step=jax.ShapeDtypeStruct((), jnp.int32))
+  batch = {name: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for name, x in batch_of().items()}
+  assert fused.kernels_in(for_cuda(together(make_step(student, optim), True), states, batch, {})) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
