@@ -104,7 +104,7 @@ def facts(
   tokens = config.data.batch_size * config.data.seq_len
   own = flops_per_token(config.model, config.data.seq_len)
   return Facts(
-    mesh=tuple(mesh.devices.shape),
+    mesh=_shape(mesh),
     batch=config.data.batch_size,
     tokens=tokens * arms,
     fits=compiled is not None and needed <= limit,
@@ -118,6 +118,11 @@ def facts(
     kernels=kernels_in(text or traced.lower().as_text()),
     seconds=seconds,
   )
+
+
+def _shape(mesh: Mesh) -> tuple[int, int, int]:
+  """data x fsdp x tensor, of all slices together, as `make_mesh` takes it."""
+  return mesh.shape['slice'] * mesh.shape['data'], mesh.shape['fsdp'], mesh.shape['tensor']
 
 
 def slices_of(mesh: Mesh) -> int:
