@@ -1,7 +1,7 @@
 """How tests compile: quickly. Most of their time is compilation, of programs that run for a moment.
 
 LLVM does not optimise, a program is one LLVM module in place of up to 32, and fusions are emitted without MLIR. The
-laws hold of any program, however compiled; tests that kill real processes compile as users do.
+laws hold of any program, however compiled, and so does what is asked of processes that are killed.
 """
 
 import importlib.metadata

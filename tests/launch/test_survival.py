@@ -13,6 +13,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import cheap
 import pytest
 
 from slm_jax import metrics
@@ -66,7 +67,7 @@ def launch(folder):
   started = []
 
   def run(*argv):
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (REPO, REPO / 'tests'))), 'XLA_FLAGS': ''}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (REPO, REPO / 'tests'))), 'XLA_FLAGS': cheap.flags(1)}
     command = [sys.executable, 'survive.py', *argv]
     started.append(
       subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -148,7 +148,7 @@ def test_multipliers_ascend_and_gates_close_while_there_are_too_many():
 @pytest.fixture(scope='module')
 def family(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('l0')
-  plain = {'transforms': (), 'eval.samples': 0, 'eval.every': 150}
+  plain = {'transforms': (), 'eval.samples': 0, 'eval.every': 150, 'run.checkpoint_every': 150, 'run.log_every': 10}
   base = override(tiny.config(150), plain)
   learnt = override(base, {'transforms': (L0(channels=0.5, groups=1.0, warm=0.3),)})
   both = override(base, {'transforms': (L0(channels=0.25, warm=0.3), Distill('base')), 'train.steps': 10})
