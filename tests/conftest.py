@@ -1,5 +1,6 @@
 """All tests run on the CPU, on eight fake devices, and treat silent rank promotion as an error."""
 
+import logging
 import os
 import signal
 
@@ -8,6 +9,7 @@ import cheap
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {cheap.flags(8)}'
 
+import absl.logging  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -54,3 +56,14 @@ def one_fake_device():
 def _no_rank_promotion():
   with jax.numpy_rank_promotion('raise'):
     yield
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+  """What a command that runs inside of a test says of logging ends with the test."""
+  verbosity, handler = absl.logging.get_verbosity(), absl.logging.get_absl_handler()
+  there = handler in logging.root.handlers
+  yield
+  absl.logging.set_verbosity(verbosity)
+  if not there:
+    logging.root.removeHandler(handler)
