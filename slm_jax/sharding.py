@@ -78,11 +78,11 @@ def devices(mesh: Mesh, mapped: bool = False, grouped: bool = False) -> Devices:
   if not (heads is None or isinstance(heads, str)) or heads != RULES.get('kv_heads'):
     raise ConfigError(f'sharding.RULES: heads={heads!r}, kv_heads={RULES.get("kv_heads")!r}: must be one mesh axis')
   hopper = float(getattr(first, 'compute_capability', 0)) >= 9
-  lie: dict[str, Any] = {}
+  layout: dict[str, Any] = {}
   if not mapped and mesh.size > 1:
-    lie = {'stream': functools.partial(_stream, mesh, rows), 'embedded': functools.partial(_embedded, mesh, rows)}
+    layout = {'stream': functools.partial(_stream, mesh, rows), 'embedded': functools.partial(_embedded, mesh, rows)}
   several = grouped and _ways(mesh, REPLICAS) > 1
-  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, several, **lie)
+  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, several, **layout)
 
 
 def groups(mesh: Mesh) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def estimate(estimator, ragged=True, key=None):
 
 
 def close(a, b, tolerance=1e-4):
+  assert a.keys() == b.keys() != set()
   for name in b:
     np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance * float(np.abs(b[name]).max()))
 
