@@ -53,14 +53,6 @@ def values(rows: Sequence[Row], key: str = 'loss', of: Callable[[float], float] 
   return found
 
 
-def merged(found: Values) -> Values:
-  """Arms that differ in what they start from and in seeds only, under one name: a launch tells them apart by it."""
-  out: Values = {}
-  for name, of in found.items():
-    out.setdefault(name.partition(' arm=')[0], {}).update(of)
-  return out
-
-
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
   """Means with their 95 % intervals. columns: {key of a summary: its title}."""
   found = {key: values(rows, key) for key in columns}

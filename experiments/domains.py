@@ -27,9 +27,10 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.common import Values, claim, merged, student, values
+from experiments.common import claim, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
+from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override, require
 from slm_jax.experiment import Config
 from slm_jax.prune.sparse import OneShot
@@ -42,6 +43,8 @@ WAYS = {
   'sparsegpt': OneShot('sparsegpt', 0.6),
 }
 BASELINE = 'dense'
+
+Texts = Mapping[str, Mapping[str, Any]]  # {domain: overrides}
 
 
 def config() -> Config:
@@ -67,49 +70,41 @@ def config() -> Config:
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
   """Pruned arms see the text that calibrates them; a second arm of no steps takes each to the other domain."""
   require(len(base.data.sources) == 2, f'data.sources={base.data.sources}: name two, one for each domain')
-  texts = {}
+  texts: dict[str, dict[str, Any]] = {}
   for domain, source in zip('AB', base.data.sources, strict=True):
     texts[domain] = {'data.sources': (source,), 'data.weights': ()}
-  for seed in range(SEEDS):
-    seeds = {'seed': seed, 'data.seed': seed}
-    dense = 'dense' if seed == 0 else f'dense {seed}'
-    yield {'name': dense, **seeds}
-    for on in 'AB':
-      yield {'name': f'dense, on {on}', 'init.arm': dense, 'train.steps': 0, **texts[on], **seeds}
-      yield from _recovered('dense', dense, on, base, texts, seeds)
-    for way, spec in WAYS.items():
-      for by in 'AB':
-        start = {'init.arm': dense, 'init.sparse': spec, 'train.steps': 0, **texts[by]}
-        yield from _on_both(f'{way} by {by}', start, by, texts, seeds)
-        for on in 'AB':
-          yield from _recovered(f'{way} by {by}', _arm(f'{way} by {by}, on {by}', seed), on, base, texts, seeds)
+  yield from product(_arms(base, texts), seeds(SEEDS))
 
 
-def _arm(name: str, seed: int) -> str:
-  return name if seed == 0 else f'{name} ({seed})'
+def _arms(base: Config, texts: Texts) -> Iterator[dict[str, Any]]:
+  yield {'name': 'dense'}
+  for on in 'AB':
+    yield {'name': f'dense, on {on}', 'init.arm': 'dense', 'train.steps': 0, **texts[on]}
+    yield from _recovered('dense', 'dense', on, base, texts)
+  for way, spec in WAYS.items():
+    for by in 'AB':
+      start = {'init.arm': 'dense', 'init.sparse': spec, 'train.steps': 0, **texts[by]}
+      yield from _on_both(f'{way} by {by}', start, by, texts)
+      for on in 'AB':
+        yield from _recovered(f'{way} by {by}', f'{way} by {by}, on {by}', on, base, texts)
 
 
-def _on_both(what: str, arm: dict[str, Any], here: str, texts: Any, seeds: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _on_both(what: str, arm: dict[str, Any], here: str, texts: Texts) -> Iterator[dict[str, Any]]:
   """The arm, which is tested on the domain it sees, and one of no steps that takes it to the other."""
-  name = _arm(f'{what}, on {here}', seeds['seed'])
-  yield {'name': name, **arm, **seeds}
-  there = 'AB'.replace(here, '')
-  yield {'name': f'{what}, on {there}', 'init.arm': name, 'train.steps': 0, **texts[there], **seeds}
+  name, there = f'{what}, on {here}', 'AB'.replace(here, '')
+  yield {'name': name, **arm}
+  yield {'name': f'{what}, on {there}', 'init.arm': name, 'train.steps': 0, **texts[there]}
 
 
-def _recovered(
-  what: str, start: str, on: str, base: Config, texts: Any, seeds: dict[str, int]
-) -> Iterator[dict[str, Any]]:
+def _recovered(what: str, start: str, on: str, base: Config, texts: Texts) -> Iterator[dict[str, Any]]:
   """Trained on one domain, its zeros kept."""
   arm = {'init.arm': start, 'train.steps': RECOVERY, 'optim.learning_rate': base.optim.learning_rate / 2, **texts[on]}
   kept = {'transforms': (Prune(0.0, ticket=start),)} if what != 'dense' else {}
-  yield from _on_both(f'{what}, trained on {on}', arm | kept, on, texts, seeds)
+  yield from _on_both(f'{what}, trained on {on}', arm | kept, on, texts)
 
 
 def report(rows: Sequence[Row]) -> str:
-  losses: Values = {}
-  for name, of in merged(values(rows)).items():
-    losses.setdefault(name.partition(' (')[0], {}).update(of)
+  losses = values(rows)
   lines = ['    ' + 'loss (nats a byte)'.ljust(32) + 'on A'.ljust(20) + 'on B'.ljust(20)]
   starts = ('dense', *(f'{way} by {by}' for way in WAYS for by in 'AB'))
   for what in (f'{start}{then}' for start in starts for then in ('', ', trained on A', ', trained on B')):

@@ -33,9 +33,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.common import Values, claim, merged, student, values
+from experiments.common import Values, claim, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
+from slm_jax.ablate.sweep import product, seeds
 from slm_jax.experiment import Config
 from slm_jax.prune.sparse import OneShot
 
@@ -62,26 +63,23 @@ def config() -> Config:
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
   """Zero-step arms: each is evaluated as it starts."""
-  for seed in range(SEEDS):
-    seeds = {'seed': seed, 'data.seed': seed}
-    yield {'name': 'dense' if seed == 0 else f'dense {seed}', **seeds}
-    start = {'init.arm': 'dense' if seed == 0 else f'dense {seed}', 'train.steps': 0, **seeds}
-    for way, settings in WAYS.items():
-      for share in CURVE if way in CURVES else SHARES:
-        yield {'name': f'{way} {share:.0%}', 'init.sparse': OneShot(**{**settings, 'sparsity': share}), **start}  # type: ignore[arg-type]
-    for way in OF_FOUR:
-      spec = OneShot(criterion=WAYS[way]['criterion'], sparsity=0.5, pattern='2:4')  # type: ignore[arg-type]
-      yield {'name': f'{way} 2:4', 'init.sparse': spec, **start}
+  arms: list[dict[str, Any]] = [{'name': 'dense'}]
+  start = {'init.arm': 'dense', 'train.steps': 0}
+  for way, settings in WAYS.items():
+    for share in CURVE if way in CURVES else SHARES:
+      arms.append({'name': f'{way} {share:.0%}', 'init.sparse': OneShot(**{**settings, 'sparsity': share}), **start})  # type: ignore[arg-type]
+  for way in OF_FOUR:
+    spec = OneShot(criterion=WAYS[way]['criterion'], sparsity=0.5, pattern='2:4')  # type: ignore[arg-type]
+    arms.append({'name': f'{way} 2:4', 'init.sparse': spec, **start})
+  yield from product(arms, seeds(SEEDS))
 
 
 def report(rows: Sequence[Row]) -> str:
   """Increases of the loss by seed of the dense model, and what became of the expectation."""
-  losses = merged(values(rows))
-  dense = {key: loss for name, of in losses.items() if name.startswith('dense') for key, loss in of.items()}
+  losses = values(rows)
+  dense = losses.pop('dense', {})
   rise: Values = {
-    name: {key: loss - dense[key] for key, loss in of.items() if key in dense}
-    for name, of in losses.items()
-    if not name.startswith('dense')
+    name: {key: loss - dense[key] for key, loss in of.items() if key in dense} for name, of in losses.items()
   }
   heads = [f'{share:.0%}' for share in SHARES]
   shown = [*(f'{share:.0%}' for share in CURVE), '2:4']

@@ -1,9 +1,9 @@
 """How much of what pruning costs does training give back, and does the whole model help as a teacher?
 
-A dense model of 115K parameters (1,200 steps) loses 80 or 90 % of its layers' weights at once, by OBD with one budget
-for all or by magnitude, and is trained for 600 more steps with its zeros kept: on the text alone (CE), or with the
-dense model's distribution for half of the objective (KD). Others lose them little by little while they train
-(gradual: magnitude, cubic). Controls: the dense model trained as long, a random mask, and as small a model from
+A dense model of 115K parameters (1,200 steps; each seed has its own) loses 80 or 90 % of its layers' weights at once,
+by OBD with one budget for all or by magnitude, and is trained for 600 more steps with its zeros kept: on the text alone
+(CE), or with the dense model's distribution for half of the objective (KD). Others lose them little by little while
+they train (gradual: magnitude, cubic). Controls: the dense model trained as long, a random mask, and as small a model from
 scratch for the retraining's tokens alone. Equal tokens; the dense model's own are in `parent_flops`.
 
 Expected, written before the run: after retraining, OBD is within 0.20 nats at 80 % and 0.35 at 90 % of the dense model
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, merged, student, table, values
+from experiments.common import claim, student, table, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -48,16 +48,19 @@ def config() -> Config:
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
-  yield {'name': 'dense', 'train.steps': 2 * base.train.steps}
   rate = base.optim.learning_rate / 2
   start = {'init.arm': 'dense', 'optim.learning_rate': rate}
-  arms: list[dict[str, Any]] = [{'name': 'dense, longer', **start}, {'name': 'small, scratch', 'model.d_ff': 43}]
-  arms[1] |= {'model.n_layers': 1, 'model.n_heads': 2, 'model.n_kv_heads': 2}
+  small = {'model.d_ff': 43, 'model.n_layers': 1, 'model.n_heads': 2, 'model.n_kv_heads': 2}
+  arms: list[dict[str, Any]] = [
+    {'name': 'dense', 'train.steps': 2 * base.train.steps},
+    {'name': 'dense, longer', **start},
+    {'name': 'small, scratch', **small},
+  ]
   for share in SHARES:
     for way, spec in ONCE.items():
       pruned = f'{way} {share:.0%}'
       once = dataclasses.replace(spec, sparsity=share)
-      yield {'name': pruned, 'init.arm': 'dense', 'init.sparse': once, 'train.steps': 0}
+      arms.append({'name': pruned, 'init.arm': 'dense', 'init.sparse': once, 'train.steps': 0})
       kept = Prune(0.0, ticket=pruned)
       again = {'init.arm': pruned, 'optim.learning_rate': rate}
       arms.append({'name': f'{pruned}, CE', 'transforms': (kept,), **again})
@@ -68,12 +71,14 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-  losses = merged(values(rows))
+  losses = values(rows)
   lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
   longer, small = losses['dense, longer'], losses['small, scratch']
   for share in SHARES:
     at = f'{share:.0%}'
     obd, magnitude = losses[f'obd {at}, CE'], losses[f'magnitude {at}, CE']
+    lines.append(claim(f'{at}, before: obd < magnitude', losses[f'obd {at}'], losses[f'magnitude {at}']))
+    lines.append(claim(f'{at}, before: magnitude < random', losses[f'magnitude {at}'], losses[f'random {at}']))
     lines.append(claim(f'{at}: obd, CE < dense, longer + {WITHIN[share]}', obd, longer, -WITHIN[share]))
     lines.append(claim(f'{at}: obd, CE < magnitude, CE', obd, magnitude))
     lines.append(claim(f'{at}: magnitude, CE < random, CE', magnitude, losses[f'random {at}, CE']))

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, merged, student, values
+from experiments.common import claim, student, values
 from slm_jax.ablate import stats
 from slm_jax.ablate.results import Row
+from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
 from slm_jax.experiment import Config
 
@@ -35,19 +36,16 @@ def config() -> Config:
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
-  for seed in range(SEEDS):
-    seeds = {'seed': seed, 'data.seed': seed}
-    dense = 'dense' if seed == 0 else f'dense {seed}'
-    yield {'name': dense, **seeds}
-    start = {'init.arm': dense, 'train.steps': 0, 'model.n_layers': LAYERS - 1, **seeds}
-    yield {'name': 'influence', 'init.by': 'activations', **start}
-    for gone in range(LAYERS):
-      yield {'name': f'without {gone}', 'init.layers': tuple(i for i in range(LAYERS) if i != gone), **start}
+  start = {'init.arm': 'dense', 'train.steps': 0, 'model.n_layers': LAYERS - 1}
+  arms: list[dict[str, Any]] = [{'name': 'dense'}, {'name': 'influence', 'init.by': 'activations', **start}]
+  for gone in range(LAYERS):
+    arms.append({'name': f'without {gone}', 'init.layers': tuple(i for i in range(LAYERS) if i != gone), **start})
+  yield from product(arms, seeds(SEEDS))
 
 
 def report(rows: Sequence[Row]) -> str:
-  losses = merged(values(rows))
-  dense = {key: loss for name, of in losses.items() if name.startswith('dense') for key, loss in of.items()}
+  losses = values(rows)
+  dense = losses.get('dense', {})
   names = [f'without {i}' for i in range(LAYERS)]
   lines = []
   for name in ('influence', *names):

@@ -9,8 +9,8 @@ activations on training text (Minitron: block influence for layers), in three wa
 
 and is trained for 240 more steps on its uncut parent's distribution alone (KD; equal tokens, a fifth of the parent's).
 Controls: models of the same shapes from scratch, with the same teacher and tokens; and from scratch, on the text alone,
-with the tokens of the whole pipeline, the parent's included (1,440 steps). Losses stand before recovery as
-well, once: there is one parent, and seeds are those of the retraining (and of the text that units are chosen by).
+with the tokens of the whole pipeline, the parent's included (1,440 steps). Each seed has a parent of its own, so losses
+before recovery have their intervals as well.
 
 Expected, written before the run: after recovery width < depth, in every seed (Minitron, arXiv 2407.14679, of models of
 up to 15B parameters, each distilled from its uncut parent); each cut is ahead of its shape from scratch by 0.10 or more
@@ -57,12 +57,11 @@ def config() -> Config:
 
 
 def sweep(base: Config) -> Iterator[dict[str, Any]]:
-  yield {'name': PARENT, 'train.steps': LONGER * base.train.steps}
   taught = {'transforms': (Distill(PARENT, weight=1.0),)}
-  arms: list[dict[str, Any]] = []
+  arms: list[dict[str, Any]] = [{'name': PARENT, 'train.steps': LONGER * base.train.steps}]
   for name, shape in SHAPES.items():
     start = {'init.arm': PARENT, 'init.by': 'activations', **shape}
-    yield {'name': f'{name}, cut', 'train.steps': 0, **start}
+    arms.append({'name': f'{name}, cut', 'train.steps': 0, **start})
     arms.append({'name': f'{name}, KD', 'optim.learning_rate': base.optim.learning_rate / 2, **start, **taught})
     arms.append({'name': f'{name}, scratch', **shape, **taught})
     arms.append({'name': f'{name}, pipeline', 'train.steps': (LONGER + 1) * base.train.steps, **shape})

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from fakes import arms_of, summary
 
-from experiments import domains, one_shot, sparse_or_small, which_layers, width_or_depth
+from experiments import domains, one_shot, recovery, sparse_or_small, which_layers, width_or_depth
 from slm_jax.ablate.results import Row
 from slm_jax.config import flatten, override
 from slm_jax.model.flops import flops_per_token, parameter_count
 
-QUESTIONS = (one_shot, sparse_or_small, which_layers, domains, width_or_depth)
+QUESTIONS = (one_shot, recovery, sparse_or_small, which_layers, domains, width_or_depth)
 
 
 def verdicts(module, loss):
   """loss: a function of an arm's name."""
   rows = []
   for i, arm in enumerate(arms_of(module)):
-    value = loss(arm.name.partition(' arm=')[0]) + 1e-5 * np.random.default_rng(i).normal()
+    value = loss(arm.name) + 1e-5 * np.random.default_rng(i).normal()
     rows.append(Row(arm.arm_id, arm.name, arm.group, 'done', flatten(arm.config), summary(value, ece=0.01), {}))
   lines = [line for line in module.report(rows).splitlines() if line.startswith('- ')]
   return [re.search(r'(NOT REPRODUCED|REPRODUCED|CANNOT TELL)$', line).group(1) for line in lines]
@@ -56,6 +56,32 @@ def test_one_shot():
   assert verdicts(one_shot, right)[7:14] == ['NOT REPRODUCED'] * 7
 
 
+def test_recovery():
+  rise = {'obd': 0.5, 'magnitude': 0.8, 'random': 2.0}  # before; a tenth of it is left after training
+
+  def right(name):
+    way, _, rest = name.partition(' ')
+    if way in rise:
+      return 1.0 + rise[way] * (0.09 if 'KD' in rest else 0.1 if 'CE' in rest else 1.0)
+    return {'gradual 80%': 1.03, 'gradual 90%': 1.03, 'small, scratch': 1.5}.get(name, 1.0)
+
+  assert verdicts(recovery, right) == ['REPRODUCED'] * 16
+  rise.update(obd=9.0, magnitude=8.0)
+  wrong = {'gradual 80%': 3.0, 'gradual 90%': 3.0}
+  found = verdicts(recovery, lambda name: right(name) if name not in wrong else wrong[name])
+  assert found.count('REPRODUCED') == 2, 'distillation alone still helps'
+
+
+@pytest.mark.parametrize('module', [one_shot, recovery, which_layers, domains, width_or_depth])
+def test_every_seed_is_pruned_out_of_a_model_of_its_own(module):
+  arms = {arm.arm_id: arm for arm in arms_of(module)}
+  pairs = [(arm, arms[parent]) for arm in arms.values() for parent in arm.parents.values()]
+  assert pairs
+  assert all(child.config.seed == parent.config.seed for child, parent in pairs)
+  assert all(child.config.data.seed == parent.config.data.seed for child, parent in pairs)
+  assert {arm.config.seed for arm in arms.values()} == set(range(module.SEEDS))
+
+
 def test_sparse_or_small():
   right = {'small': 1.0, 'small, equal FLOPs': 0.8, 'large sparse': 0.85, 'large, random mask': 1.1, 'large dense': 0.7}
   assert verdicts(sparse_or_small, right.__getitem__) == ['REPRODUCED'] * 4
@@ -87,7 +113,7 @@ def test_which_layers():
 def test_domains():
   def loss(name, own=-0.1, away=0.2):
     """own: what calibration on the tested domain does; training on it takes 0.3 off, and on the other adds `away`."""
-    way, _, on = name.split(' (')[0].rpartition(', on ')
+    way, _, on = name.rpartition(', on ')
     if not on:
       return 1.0
     way, _, trained = way.partition(', trained on ')
