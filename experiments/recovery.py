@@ -3,8 +3,8 @@
 A dense model of 115K parameters (1,200 steps; each seed has its own) loses 80 or 90 % of its layers' weights at once,
 by OBD with one budget for all or by magnitude, and is trained for 600 more steps with its zeros kept: on the text alone
 (CE), or with the dense model's distribution for half of the objective (KD). Others lose them little by little while
-they train (gradual: magnitude, cubic). Controls: the dense model trained as long, a random mask, and as small a model from
-scratch for the retraining's tokens alone. Equal tokens; the dense model's own are in `parent_flops`.
+they train (gradual: magnitude, cubic). Controls: the dense model trained as long, a random mask, and as small a model
+from scratch for the retraining's tokens alone. Equal tokens; the dense model's own are in `parent_flops`.
 
 Expected, written before the run: after retraining, OBD is within 0.20 nats at 80 % and 0.35 at 90 % of the dense model
 that was trained as long (arXiv 1803.03635, 2203.07259; thresholds of ../shared/reference/pruning.md); OBD < magnitude <
