@@ -9,12 +9,14 @@
     population      8 arms of 1M under one teacher of 10M in one program, against one arm: times as many steps a second
     124m-packed     124m with documents in its rows, which attention has to keep apart
     attention       bench_attention.py: the fused kernel's worst error, and how many times as fast it is
+    cut             bench_cut.py: tokens a second of GPT-2's halves and masks, in multiples of its own
+    first           bench_first.py: seconds to the quickstart student's first step, nothing compiled before and all
 
 Each row is a process of its own, with the card to itself; a batch that does not fit is halved until it does. Rows for
 which no time is left are left out, and say so. (Compiling rows side by side was tried: each compilation times matrix
 products on the card, and those of eleven at once starved each other of memory.) Steps are timed in runs of ten, waited
 for at the end; reported is the fastest run. `kernels` are the fused ones found in the compiled program. Needs jax,
-flax, optax and orbax, no network.
+flax, optax and orbax (`first` also grain and array_record), no network.
 --smoke: tiny sizes, for a machine without a card: that the script runs, not how fast anything is.
 """
 
@@ -24,6 +26,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +34,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import bench_attention
+from experiments import bench_attention, bench_first
 from experiments.bench_attention import fastest
 
 CASES = {
@@ -40,7 +43,7 @@ CASES = {
 }
 CASES['124m-packed'] = CASES['124m']
 SMOKE = {'layers': 2, 'heads': 2, 'width': 64, 'mlp': 128, 'context': 64, 'batch': 4, 'vocab': 512}
-ROWS = ('124m', '1b', 'torch-124m', 'torch-1b', 'decode', 'population', '124m-packed', 'attention')
+ROWS = ('124m', '1b', 'torch-124m', 'torch-1b', 'decode', 'population', '124m-packed', 'attention', 'cut', 'first')
 WHOLE = 1 << 30  # tokens of a chunk: all logits at once
 
 _ROWS = flags.DEFINE_list('rows', list(ROWS), f'of {", ".join(ROWS)}')
@@ -101,7 +104,9 @@ def trained(case: dict[str, int], packed: bool = False) -> dict[str, Any]:
   batch = jax.device_put(batch)
   fresh = jax.jit(lambda key: init_state(key, model.init(key), optim))
   step_of = jax.jit(make_step(model, optim, chunk=WHOLE), donate_argnums=0)
+  began = time.perf_counter()
   compiled = step_of.lower(jax.eval_shape(fresh, jax.random.PRNGKey(0)), batch, {}).compile()
+  compiling = time.perf_counter() - began
   state = fresh(jax.random.PRNGKey(0))
 
   def take() -> Any:
@@ -118,6 +123,7 @@ def trained(case: dict[str, int], packed: bool = False) -> dict[str, Any]:
     'mfu': speed * flops_per_token(config, t) / perf.peak_flops()[0],
     'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
     'kernels': fused.kernels_in(compiled.as_text()),
+    'compile_seconds': compiling,
     'loss': float(take()),
   }
 
@@ -182,6 +188,24 @@ def population() -> dict[str, Any]:
   return {'arms': 8, 'steps_per_second': found[0], 'of_one_arm': found[0] / found[1]}
 
 
+def cuts() -> dict[str, Any]:
+  """`{case: [reading, writing]}`, in multiples of the whole model's tokens a second."""
+  sizes = ('--model=gpt2', '--batch=16', '--context=1024') if not _SMOKE.value else ('--model=tiny_1m', '--context=64')
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / 'bench.json'
+    command = [sys.executable, '-m', 'experiments.bench_cut', '--dtype=bfloat16', '--rounds=5', *sizes, f'--out={out}']
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+      sys.exit(code)  # its last line says why
+    whole, *others = json.loads(out.read_text())['rows']
+  return {row['case']: [round(row[key] / whole[key], 2) for key in ('reading', 'writing')] for row in others}
+
+
+def first_steps() -> dict[str, Any]:
+  with tempfile.TemporaryDirectory() as folder:
+    cold, warm = bench_first.first_steps(Path(folder))
+  return {'cold_seconds': cold, 'warm_seconds': warm}
+
+
 def work(row: str) -> dict[str, Any]:
   case = SMOKE if _SMOKE.value else CASES.get(row.removeprefix('torch-'), CASES['124m'])
   if row == 'attention':
@@ -190,6 +214,10 @@ def work(row: str) -> dict[str, Any]:
     return decoded(case)
   if row == 'population':
     return population()
+  if row == 'cut':
+    return cuts()
+  if row == 'first':
+    return first_steps()
   if row.startswith('torch-'):
     return with_room(torch_trained, case)
   return with_room(lambda case: trained(case, row.endswith('-packed')), case)

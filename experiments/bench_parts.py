@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from experiments.bench_first import first_steps, quickstart
 from slm_jax.ablate.table import columns
 
 _LAYERS = flags.DEFINE_integer('layers', 4, "the student's", lower_bound=1)
@@ -123,15 +124,6 @@ def fastest(contestants: dict[str, Callable[[], None]], rounds: int, seconds: fl
 # ------------------------------------------------------------------------------------------------- around the steps
 
 
-def quickstart(steps: int) -> Any:
-  """The student of `make quickstart`, from scratch."""
-  from experiments import shrink
-  from slm_jax.config import override
-
-  changes = {'name': 'scratch', 'transforms': (), 'train.steps': steps, 'run.log_every': 1}
-  return override(shrink.config(), changes)
-
-
 def host_seconds(workdir: Path, steps: int = 400) -> float:
   """Of the loop, a step, without waiting for data; the step itself adds one to a counter."""
   import jax.numpy as jnp
@@ -162,30 +154,6 @@ def input_rate(workdir: Path, seconds: float = 2.0) -> float:
   return done * job.config.data.batch_size * job.config.data.seq_len / (time.perf_counter() - start)
 
 
-FIRST = """
-import time
-began = time.time()
-import pathlib, sys
-from experiments.bench_parts import quickstart
-from slm_jax import train
-from slm_jax.ledger import Ledger
-settle = Ledger.settle
-def settled(self):
-  waiting = self._pending is not None
-  settle(self)
-  if waiting:
-    print('first', time.time() - began, flush=True)
-Ledger.settle = settled
-sys.exit(train.run(quickstart(2), pathlib.Path(sys.argv[1]), sys.argv[2]))
-"""
-
-
-def first_step(workdir: Path, arm: str) -> float:
-  """Seconds from the start of Python to the first metrics."""
-  done = subprocess.run([sys.executable, '-c', FIRST, str(workdir), arm], stdout=subprocess.PIPE, text=True, check=True)
-  return float(next(line for line in done.stdout.splitlines() if line.startswith('first')).split()[1])
-
-
 def import_seconds() -> float:
   """Of the fastest of three."""
   timed = 'import time; t = time.time(); import slm_jax.train; print(time.time() - t)'
@@ -198,9 +166,7 @@ def figures(layers: int, width: int, rounds: int) -> list[tuple[str, float, str,
 
   with tempfile.TemporaryDirectory() as folder:
     workdir = Path(folder)
-    first_step(workdir, 'data')  # writes the data; its programs are not to be found again
-    cold = first_step_without_cache(workdir)
-    warm = first_step(workdir, 'warm')
+    cold, warm = first_steps(workdir)
     perf.keep_freed_memory()
     host, rate = host_seconds(workdir), input_rate(workdir)
   best = fastest(steps(layers, width), rounds)
@@ -215,13 +181,6 @@ def figures(layers: int, width: int, rounds: int) -> list[tuple[str, float, str,
     ('first step, warm', warm, 's', 6.0),
     ('import slm_jax.train', import_seconds(), 's', 1.5),
   ]
-
-
-def first_step_without_cache(workdir: Path) -> float:
-  import shutil
-
-  shutil.rmtree(workdir / 'cache')
-  return first_step(workdir, 'cold')
 
 
 def main(argv: list[str]) -> None:
