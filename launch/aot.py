@@ -4,7 +4,7 @@
 
 Prints, for each arm that has a program of its own: whether it fits and what the memory is for, FLOPs, memory traffic,
 collectives, the least time that a step can take and the MFU of that, and the largest batch that fits. Nothing is
-allocated or run, so there are no timings. Needs the package libtpu: pip install 'slm_jax[aot]'.
+allocated or run, so there are no timings. Needs the package libtpu (extra `aot`).
 
 The program is the one that training would run: the job is assembled by the same code, on shapes with shardings. Exit
 code 1, and one line on stderr, if the batch of an arm does not fit, or for bad input.

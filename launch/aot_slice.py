@@ -9,7 +9,7 @@ from typing import Any
 from launch.topologies import FAMILIES
 from slm_jax import chips
 from slm_jax.chips import Chip
-from slm_jax.config import ConfigError, require
+from slm_jax.config import ConfigError, require, to_install
 
 KINDS = {'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e'}  # name in chips.toml and libtpu: in topologies.py
 
@@ -45,7 +45,7 @@ def check(topology: str, num_slices: int) -> tuple[str, str]:
   require(num_slices > 0, f'--num_slices={num_slices}: must be positive')
   require(
     importlib.util.find_spec('libtpu') is not None,
-    f"{flag}: needs the package libtpu, which is not installed: pip install 'slm_jax[aot]'",
+    f'{flag}: needs the package libtpu, which is not installed: {to_install("aot")}',
   )
   return kind, shape
 

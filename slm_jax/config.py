@@ -35,6 +35,11 @@ class ConfigError(ValueError):
   """A configuration that cannot be meant. The message is one line: key, value, what is allowed."""
 
 
+def to_install(extra: str) -> str:
+  """The command by which one gets an optional dependency of pyproject.toml; for the end of an error."""
+  return f"pip install '.[{extra}]' in the project's folder"
+
+
 def setting(default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False) -> Any:
   """A dataclass field with a default.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax import distributed
-from slm_jax.config import ConfigError, to_dict
+from slm_jax.config import ConfigError, to_dict, to_install
 from slm_jax.files import write_text
 
 Sink = Callable[[int, str, Mapping[str, float]], None]  # (step, kind, values)
@@ -86,11 +86,11 @@ def sinks(config: Any, folder: Path, arm_id: str) -> tuple[Sink, ...]:
 
 
 def tensorboard(folder: Path) -> Sink:
-  """Event files for TensorBoard (extra: pip install 'slm_jax[tensorboard]')."""
+  """Event files for TensorBoard (extra `tensorboard`)."""
   try:
     from tensorboardX import SummaryWriter
   except ImportError:
-    raise ConfigError("run.tensorboard=True: needs the extra: pip install 'slm_jax[tensorboard]'") from None
+    raise ConfigError(f'run.tensorboard=True: needs the extra: {to_install("tensorboard")}') from None
 
   writer = SummaryWriter(str(folder), flush_secs=1)  # by default it keeps events back for two minutes
 
@@ -102,11 +102,11 @@ def tensorboard(folder: Path) -> Sink:
 
 
 def wandb(folder: Path, arm_id: str, name: str, config: Mapping[str, Any]) -> Sink:
-  """Weights & Biases (extra: pip install 'slm_jax[wandb]'); set WANDB_MODE=offline where there is no network."""
+  """Weights & Biases (extra `wandb`); set WANDB_MODE=offline where there is no network."""
   try:
     import wandb as client
   except ImportError:
-    raise ConfigError("run.wandb=True: needs the extra: pip install 'slm_jax[wandb]'") from None
+    raise ConfigError(f'run.wandb=True: needs the extra: {to_install("wandb")}') from None
 
   run = client.init(dir=str(folder), id=arm_id, name=name or arm_id, resume='allow', config=dict(config))
   return lambda step, kind, values: run.log({f'{kind}/{k}': v for k, v in values.items()}, step=step)

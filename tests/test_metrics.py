@@ -73,5 +73,5 @@ def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch):
   import sys
 
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(ConfigError, match=r"pip install 'slm_jax\[wandb\]'"):
+  with pytest.raises(ConfigError, match=r"pip install '\.\[wandb\]' in the project's folder"):
     metrics.wandb(tmp_path, 'id', 'name', {})

@@ -15,7 +15,7 @@ from absl import logging
 
 from slm_jax import metrics
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.config import ConfigError, flatten, require
+from slm_jax.config import ConfigError, flatten, require, to_install
 from slm_jax.files import read_object, write_text
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
 
 
 def table(workdir: Path) -> 'pandas.DataFrame':
-  """Every number of every arm, one a line: to be grouped, pivoted and plotted (extra: pip install 'slm_jax[tables]').
+  """Every number of every arm, one a line: to be grouped, pivoted and plotted (extra `tables`).
 
       columns   arm_id, name, group, seed, data.seed; every setting in which the arms differ; kind, step, metric, value
       kind      'train' and 'eval', from metrics.jsonl; 'final', from the summary of an arm that is done
@@ -194,7 +194,7 @@ def table(workdir: Path) -> 'pandas.DataFrame':
   try:
     import pandas
   except ImportError:
-    raise ConfigError("results.table: needs the extra: pip install 'slm_jax[tables]'") from None
+    raise ConfigError(f'results.table: needs the extra: {to_install("tables")}') from None
 
   rows = read(workdir)
   keys = [key for key in differing(rows) if key != 'data.seed']

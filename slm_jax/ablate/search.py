@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import wants_base
 from slm_jax.ablate.sweep import Changes
-from slm_jax.config import ConfigError, require
+from slm_jax.config import ConfigError, require, to_install
 from slm_jax.files import read_object
 
 if TYPE_CHECKING:
@@ -67,6 +67,6 @@ def _optuna() -> Any:
   try:
     import optuna
   except ImportError:
-    raise ConfigError("--search: needs Optuna; pip install 'slm_jax[search]', or pip install optuna") from None
+    raise ConfigError(f'--search: needs Optuna; {to_install("search")}, or pip install optuna') from None
   optuna.logging.set_verbosity(optuna.logging.WARNING)
   return optuna

@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from slm_jax.config import ConfigError, require
+from slm_jax.config import ConfigError, require, to_install
 from slm_jax.data import addition, records, stories
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Document, Report
@@ -238,7 +238,7 @@ def _hub(name: str, role: Role, config: DataConfig, key: str) -> Source:
   try:
     import datasets
   except ImportError:
-    raise ConfigError(f"{key}={name!r}: needs the package datasets; pip install 'slm_jax[hf]'") from None
+    raise ConfigError(f'{key}={name!r}: needs the package datasets; {to_install("hf")}') from None
   path, _, subset = name.removeprefix('hf:').partition(':')
   try:
     found = datasets.load_dataset(path, subset or None)

@@ -189,7 +189,7 @@ def test_the_long_table_of_nothing_and_of_what_is_no_number(tmp_path):
 
 def test_without_pandas_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'pandas', None)
-  with pytest.raises(ConfigError, match=r"pip install 'slm_jax\[tables\]'"):
+  with pytest.raises(ConfigError, match=r"pip install '\.\[tables\]' in the project's folder"):
     results.table(tmp_path)
 
 

@@ -304,7 +304,8 @@ def test_the_standard_library_is_real_text_of_several_megabytes():
 def test_without_the_datasets_package_the_error_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(
-    ConfigError, match=r"data.sources='hf:x': needs the package datasets; pip install 'slm_jax\[hf\]'"
+    ConfigError,
+    match=r"data.sources='hf:x': needs the package datasets; pip install '\.\[hf\]' in the project's folder",
   ):
     everything('hf:x')
 

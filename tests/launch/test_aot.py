@@ -21,7 +21,7 @@ from slm_jax.model.flops import parameter_count
 from slm_jax.prune.transform import Prune
 
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install 'slm_jax[aot]'"
+  importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install '.[aot]'"
 )
 aot_slice.prepare()
 
@@ -88,7 +88,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
   code, _, err = ended(capsys, '--experiment=experiments/shrink.py', '--topology=v5e:2x2')
   assert code == 1
   assert err == (
-    "error: --topology=v5e:2x2: needs the package libtpu, which is not installed: pip install 'slm_jax[aot]'\n"
+    'error: --topology=v5e:2x2: needs the package libtpu, which is not installed: '
+    "pip install '.[aot]' in the project's folder\n"
   )
 
 
