@@ -28,6 +28,21 @@ from slm_jax.prune import zeros
 from slm_jax.prune.matrices import matrices
 
 FORMAT = 1
+# Where devices hold the same array, orbax has each of them write a share of it, which a small program cuts out, one for
+# every shape there is: the first checkpoint of a small model on eight devices took 3.9 s, and 1.1 s without.
+SHARE = 16 << 20  # bytes, from which on the work of writing is shared
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+  handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARE)
+  return ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+  )
+
+
+def _into(abstract: Any) -> ocp.args.PyTreeRestore:
+  """Arrays of these shapes, on these shardings."""
+  return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 class Checkpoints:
@@ -38,6 +53,7 @@ class Checkpoints:
     self._folder, self._log = folder, log
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
+      item_handlers={'state': _arrays(), 'record': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
         preservation_policy=policies.AnyPreservationPolicy(
@@ -69,7 +85,7 @@ class Checkpoints:
     if step in self.steps():
       return
     record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
     with disk_errors(self._folder):
       self._manager.save(step, args=items, metrics=None if loss is None else {'loss': loss})
 
@@ -85,7 +101,7 @@ class Checkpoints:
     """The checkpoint of one step; None if it is damaged, and then it is out of the way."""
     read, fault = None, ''
     try:
-      items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+      items = ocp.args.Composite(state=_into(abstract), record=ocp.args.JsonRestore())
       read = self._manager.restore(step, args=items)
     except Exception as error:  # orbax and tensorstore raise many kinds; whatever it is, an older one may do
       fault = _first_line(error)
@@ -121,9 +137,8 @@ def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokeni
 
   model.json says of sparse matrices how dense they are, and which n of every m inputs are left where it is so.
   """
-  with disk_errors(folder), ocp.StandardCheckpointer() as writer:
-    writer.save(folder.absolute() / 'params', params, force=True)
-    writer.wait_until_finished()
+  with disk_errors(folder), ocp.Checkpointer(_arrays()) as writer:
+    writer.save(folder.absolute() / 'params', ocp.args.PyTreeSave(params), force=True)
   sizes = {name: w.size for name, w in matrices(params).items()}
   sparsity = zeros.record(jax.device_get(_zeros(params)), sizes)
   record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params)), 'sparsity': sparsity}
@@ -148,8 +163,8 @@ def load_model(
     config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
     shapes = jax.eval_shape(decoder.build(config).init, jax.random.PRNGKey(0))
     layout = sharding.shardings(shapes, decoder.logical_axes(config), mesh or sharding.make_mesh(), rules)
-    with ocp.StandardCheckpointer() as reader:
-      params = reader.restore(folder.absolute() / 'params', sharding.abstract(shapes, layout))
+    with ocp.Checkpointer(_arrays()) as reader:
+      params = reader.restore(folder.absolute() / 'params', _into(sharding.abstract(shapes, layout)))
     if int(checksum(params)) != record['checksum']:
       raise ValueError('its checksum is wrong')
   except ConfigError:

@@ -53,14 +53,15 @@ def dump(folder: Path, step: Any, args: Sequence[Any]) -> None:
 
   args: arrays or their shapes.
   """
-  lowered = step.lower(*args)
+  traced = step.trace(*args)
+  lowered = traced.lower()
   compiled = lowered.compile()
   cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
   kinds = ('argument', 'output', 'alias', 'temp', 'generated_code')
   known = {
     'flops': cost.get('flops'),
     'bytes_accessed': cost.get('bytes accessed'),
-    'matmul_flops': perf.matmul_flops(jax.make_jaxpr(step)(*args)),
+    'matmul_flops': perf.matmul_flops(traced.jaxpr),
     **{f'{kind}_bytes': getattr(memory, f'{kind}_size_in_bytes', None) for kind in kinds},
   }
   if distributed.is_main():

@@ -342,7 +342,8 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
 
 def hardware_flops(job: Job) -> float:
   """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
-  return perf.matmul_flops(jax.make_jaxpr(job.step)(job.abstract, abstract_batch(job), job.frozen))
+  traced = jitted(job).trace(job.abstract, abstract_batch(job), job.frozen)  # not anew, if the step was run
+  return perf.matmul_flops(traced.jaxpr)
 
 
 def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
