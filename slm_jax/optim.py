@@ -104,10 +104,22 @@ def optimizer(config: OptimConfig, steps: int, width_ratio: float = 1.0) -> Opti
     else:  # Adafactor's own decay is not multiplied by the learning rate: do so here
       update = optax.adafactor(rate, weight_decay_rate=lambda count: rate(count) * decay, weight_decay_mask=decayed)
     clipping = optax.clip_by_global_norm(jnp.where(clip > 0, clip, jnp.inf))
-    return optax.chain(clip_groups(clipping, rates), update, multiply_groups(rates))
+    return in_float32(optax.chain(clip_groups(clipping, rates), update, multiply_groups(rates)))
 
   names = ('learning_rate', 'weight_decay', 'clip')
   return Optimizer({f'optim.{name}': getattr(config, name) for name in names}, make, learning_rate)
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`inner` with a state and arithmetic of float32, whatever the parameters and gradients are."""
+
+  def wide(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  def update(updates, state, params):
+    return inner.update(wide(updates), state, wide(params))
+
+  return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
 
 
 def divide_hidden(by: float) -> optax.GradientTransformation:

@@ -284,7 +284,7 @@ def make_step(
     metrics = losses.means(terms) | {
       'total': losses.objective(terms),
       'tokens': tokens,
-      'grad_norm': optax.tree.norm(used),
+      'grad_norm': optax.tree.norm(optax.tree.cast(used, jnp.float32)),
       'learning_rate': optimizer.rate(state.hparams, state.step),
     }
     return taken._replace(slots=slots), metrics

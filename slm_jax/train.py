@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 
 from slm_jax import config as configs
@@ -172,7 +173,8 @@ def assemble(
       params = sharding.place(inherited(config, dataset, others), axes, mesh)
     else:
       params = new_params(init_key)
-    return new_state(state_key, params, configs.traced(config))
+    # Not Python's floats, whose dtype gives way to others': the program would not be that of a resumed run.
+    return new_state(state_key, params, jax.tree.map(np.float32, configs.traced(config)))
 
   return Job(
     config=config,

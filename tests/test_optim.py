@@ -74,6 +74,19 @@ def test_every_optimiser_descends_and_takes_traced_numbers(name):
   assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
+def test_parameters_of_bfloat16_have_an_optimiser_of_float32(name):
+  opt = optimizer(OptimConfig(name, learning_rate=1e-2, warmup=0), 10)
+  tx, narrow = opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()}), optax.tree.cast(params(), jnp.bfloat16)
+  state = tx.init(narrow)
+  updates, after = tx.update(narrow, state, narrow)
+  floats = [x for x in jax.tree.leaves((state, updates)) if jnp.issubdtype(x.dtype, jnp.floating)]
+  assert {str(x.dtype) for x in floats} == {'float32'}
+  assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(after)]
+  wide = optax.tree.cast(narrow, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, updates, tx.update(wide, tx.init(wide), wide)[0])
+
+
 def test_muon_treats_each_layer_as_its_own_matrix():
   opt = optimizer(
     OptimConfig(name='muon', learning_rate=1.0, warmup=0, schedule='constant', weight_decay=0.0, clip=0), 9

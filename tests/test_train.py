@@ -14,7 +14,7 @@ from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
-from slm_jax.distill.logits import Distill
+from slm_jax.distill.logits import Distill, SelfDistill
 from slm_jax.ema import Ema
 from slm_jax.evaluate import evaluate, make_measure
 from slm_jax.experiment import InitConfig
@@ -113,6 +113,20 @@ def test_a_pruned_average_is_sparse(family):
   ]
   assert state_density[0] == 1
   assert state_density[-1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_fresh_state_has_the_types_of_a_restored_one_and_keeps_them(tmp_path):
+  """Weak types included, or a resumed run's program would be another one."""
+  narrow = dataclasses.replace(tiny.config().model, dtype='bfloat16', param_dtype='bfloat16')
+  config = small(name='narrow', model=narrow, transforms=(Ema(0.5), Prune(0.5), SelfDistill()))
+  job = train.prepare(config, tmp_path, tmp_path / 'arm')
+
+  def types(state):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+
+  assert types(job.fresh(config)) == types(job.abstract)
+  after, _ = jax.eval_shape(job.step, job.abstract, train.abstract_batch(job), job.frozen)
+  assert types(after) == types(job.abstract)
 
 
 def test_a_teacher_that_speaks_another_language_is_refused(family, capsys):
