@@ -179,7 +179,7 @@ def test_nan_stops_the_arm_and_keeps_the_last_good_checkpoint(uninterrupted, tmp
   assert record['status'] == 'nan'
   assert record['error'].startswith('step 17: total not finite')
   saved = sorted(int(p.name) for p in (tiny.arm(workdir) / 'checkpoints').glob('[0-9]*'))
-  assert saved[-1] == 15
+  assert saved[-1] == 10
   lines = list(metrics.read(tiny.arm(workdir) / 'metrics.jsonl'))
   assert lines[-1]['step'] == 17
   assert lines[-1]['total'] is None

@@ -27,7 +27,7 @@ def config(steps: int = 40) -> Config:
     train=TrainConfig(steps=steps),
     eval=EvalConfig(every=10, sequences=16, samples=1, sample_tokens=8),
     transforms=(Ema(0.9),),
-    run=RunConfig(log_every=1, checkpoint_every=5),
+    run=RunConfig(log_every=1, checkpoint_every=10),
   )
 
 
