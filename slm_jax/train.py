@@ -332,7 +332,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
     'floor': floor,
     'gap': None if floor is None else results['loss'] - floor,
     'flops': results['tokens'] * job.flops,
-    'hardware_flops': config.train.steps * hardware_flops(job),
+    'hardware_flops': config.train.steps * hardware_flops(job) if config.train.steps else 0.0,
     'parameters': parameter_count(config.model),
     **zeros.total(params),
     'steps': config.train.steps,

@@ -65,10 +65,14 @@ def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], 
     rule = Pattern.parse(spec.pattern, 'pattern')
     return sequential(model, params, text, (rule.n, rule.m) if rule.kind == 'n:m' else spec.sparsity)[0]
   w = matrices(params)
-  masks = select(scores(spec.criterion, model, params, text, seed), 1 - spec.sparsity, spec.pattern, spec.allocation)
+  masks = _select(scores(spec.criterion, model, params, text, seed), 1 - spec.sparsity, spec.pattern, spec.allocation)
   if spec.compensate != 'none':
     return compensated(model, params, masks, text, spec.compensate)
   return put(params, {name: w[name] * masks[name] for name in w})
+
+
+# Outside of jit each of its loops would be a program of its own, and compiled anew for every arm.
+_select = jax.jit(select, static_argnums=(1, 2, 3))
 
 
 def scores(criterion: str, model: Model, params: Params, text: list[Any], seed: int) -> Matrices:
