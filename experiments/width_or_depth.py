@@ -20,9 +20,10 @@ losses before recovery nothing is expected, as they often rank the other way; no
 takes fewer steps one after another, so it is the faster one where that counts; `python -m slm_jax.prune.target
 --cost=latency` measures by how much.
 
-Found (2 CPU cores, 5 seeds; WORKSPACE.md has the table): all eight REPRODUCED. Width is ahead of depth by 0.010 +-
-0.003; cut models are ahead of their shapes from scratch by 0.4 to 0.5 at equal tokens, and behind them by 0.04 to 0.06
-where those are given the whole pipeline's.
+Found (2 CPU cores, 5 seeds; WORKSPACE.md has the table): all eight REPRODUCED. Width is ahead of depth by 0.018 +-
+0.015; cut models are ahead of their shapes from scratch by 0.4 to 0.5 at equal tokens, and behind them by 0.04 to 0.07
+where those are given the whole pipeline's. With one parent for all seeds width was ahead by 0.010 +- 0.003: an interval
+of retraining alone, a fifth as wide.
 
     python -m experiments.width_or_depth
 """
