@@ -1,10 +1,11 @@
 """What do a teacher, pruning, the host and the data cost beside the step itself, and how soon does the first one come?
 
-    python -m experiments.bench_parts [--layers=4] [--width=128] [--rounds=8] [--out=FILE]
+    python -m experiments.bench_parts [--layers=4] [--width=128] [--rounds=40] [--out=FILE]
 
-Steps of one model in float32 take turns in one process, a few of each; reported is the fastest. `teacher` is the
-forward pass of a model four times as large with all its logits, `distill` a step that learns from it: the teacher's
-work, the student's and the divergence. `prune` is a step between two mask updates, which must only multiply by masks.
+Steps of one model in float32 take turns in one process, every other turn in reverse; reported are medians, and of
+ratios the median of those of a turn, which a busy machine moves least. `teacher` is the forward pass of a model four
+times as large with all its logits, `distill` a step that learns from it: the teacher's work, the student's and the
+divergence. `prune` is a step between two mask updates, which must only multiply by masks.
 
     host     the loop of train.py around a step that computes next to nothing: what Python needs for each step,
              without its wait for data, which `input` is about
@@ -19,6 +20,7 @@ Targets: distill at most 1.15 times its parts, prune at most 1.05 times the plai
 
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from slm_jax.ablate.table import columns
 
 _LAYERS = flags.DEFINE_integer('layers', 4, "the student's", lower_bound=1)
 _WIDTH = flags.DEFINE_integer('width', 128, "the student's; the teacher is twice as wide", lower_bound=8)
-_ROUNDS = flags.DEFINE_integer('rounds', 8, 'turns of each step', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 40, 'turns of each step', lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'runs/bench_parts/bench.json', 'where the figures go')
 
 BATCH, LENGTH, VOCAB = 8, 256, 1024
@@ -106,19 +108,20 @@ def steps(layers: int, width: int) -> dict[str, Callable[[], None]]:
   }
 
 
-def fastest(contestants: dict[str, Callable[[], None]], rounds: int, seconds: float = 0.5) -> dict[str, float]:
-  best = dict.fromkeys(contestants, float('inf'))
+def turns(contestants: dict[str, Callable[[], None]], rounds: int) -> list[dict[str, float]]:
+  """Seconds of a step of each, turn by turn."""
   for take in contestants.values():
     for _ in range(3):  # compiles; and masks are chosen once
       take()
-  for _ in range(rounds):
-    for name, take in contestants.items():
-      end = time.perf_counter() + seconds
-      while time.perf_counter() < end:
-        start = time.perf_counter()
-        take()
-        best[name] = min(best[name], time.perf_counter() - start)
-  return best
+  found = []
+  for turn in range(rounds):
+    took = {}
+    for name in contestants if turn % 2 else reversed(contestants):
+      start = time.perf_counter()
+      contestants[name]()
+      took[name] = time.perf_counter() - start
+    found.append(took)
+  return found
 
 
 # ------------------------------------------------------------------------------------------------- around the steps
@@ -169,12 +172,14 @@ def figures(layers: int, width: int, rounds: int) -> list[tuple[str, float, str,
     cold, warm = first_steps(workdir)
     perf.keep_freed_memory()
     host, rate = host_seconds(workdir), input_rate(workdir)
-  best = fastest(steps(layers, width), rounds)
+  took = turns(steps(layers, width), rounds)
+  plain, teacher = (1e3 * statistics.median(turn[name] for turn in took) for name in ('plain', 'teacher'))
+  distilling = statistics.median(turn['distill'] / (turn['plain'] + turn['teacher']) for turn in took)
   return [
-    ('plain step', 1e3 * best['plain'], 'ms', 0.0),
-    ('teacher, forward', 1e3 * best['teacher'], 'ms', 0.0),
-    ('distill / (plain + teacher)', best['distill'] / (best['plain'] + best['teacher']), 'x', 1.15),
-    ('prune / plain', best['prune'] / best['plain'], 'x', 1.05),
+    ('plain step', plain, 'ms', 0.0),
+    ('teacher, forward', teacher, 'ms', 0.0),
+    ('distill / (plain + teacher)', distilling, 'x', 1.15),
+    ('prune / plain', statistics.median(turn['prune'] / turn['plain'] for turn in took), 'x', 1.05),
     ('host, a step', 1e3 * host, 'ms', 2.0),
     ('input, one thread', rate, 'tokens/s', 100e3),
     ('first step, cold', cold, 's', 15.0),
