@@ -54,7 +54,7 @@ class ModelConfig:
   softcap: float = 0.0  # logits = c*tanh(logits/c); 0: off
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations; losses and norms' statistics are float32
-  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'  # optimisers compute in float32, and keep their state so
   init_std: float = 0.02
   mup_base_width: int = 0  # d_model of the model whose learning rate is to be right for this one; 0: no muP
   mup_base_head_dim: int = 0  # its head_dim; 0: this one's, wider models have more heads and not larger ones
