@@ -127,6 +127,16 @@ def test_a_fresh_state_has_the_types_of_a_restored_one_and_keeps_them(tmp_path):
   assert types(job.fresh(config)) == types(job.abstract)
   after, _ = jax.eval_shape(job.step, job.abstract, train.abstract_batch(job), job.frozen)
   assert types(after) == types(job.abstract)
+  calls = []
+
+  def counted(*given):
+    calls.append(given)
+    return job.step(*given)
+
+  counting = job._replace(step=counted)
+  train.jitted(counting).trace(job.fresh(config), train.abstract_batch(job), job.frozen)
+  assert train.hardware_flops(counting) > 0
+  assert len(calls) == 1, 'FLOPs are counted on the trace that there is'
 
 
 def test_a_teacher_that_speaks_another_language_is_refused(family, capsys):
