@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.shrink
 
-test: $(VENV)/ready-test lint types
+test: $(VENV)/ready-test $(VENV)/ready-aot lint types
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)/ready-test
@@ -39,10 +39,19 @@ $(VENV)/ready-test: $(VENV)/ready requirements-test.lock
 	$(BIN)/python -m pip install --quiet -r requirements-test.lock torch==2.13.0
 	@touch $@
 
+# The TPU compiler lies beside the environment's packages, where only the tests of launch.aot look for it: at every start of JAX
+# it would say that there is no TPU. Its wheel is for Linux on x86_64; elsewhere those tests skip.
+$(VENV)/ready-aot: $(VENV)/ready requirements-aot.lock
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then set -x; \
+	  $(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/aot --no-deps -r requirements-aot.lock; fi
+	@touch $@
+
 # The locks hold for Python 3.11 to 3.13 (environment markers choose; jax 0.10 is the last for 3.11).
 lock:
 	uv pip compile --quiet --universal --no-header --python-version 3.11 requirements.txt -o requirements.lock
 	uv pip compile --quiet --universal --no-header --python-version 3.11 pyproject.toml --extra test -c requirements.lock -o requirements-test.lock
+	uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.11 pyproject.toml --extra aot -c requirements.lock | \
+	  grep ^libtpu > requirements-aot.lock
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import sys
+from pathlib import Path
 
 import cheap
 
@@ -15,6 +17,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from slm_jax import sharding  # noqa: E402
+
+sys.path.append(str(Path(sys.prefix, 'aot')))  # libtpu (Makefile); after JAX, which would take it for a TPU
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
 
