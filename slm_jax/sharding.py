@@ -250,7 +250,9 @@ def placer(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.make_array_from_process_local_data(where, x, (n * len(x), *x.shape[1:]))
 
   def place(batch):
-    with jax.transfer_guard('allow'):  # this transfer is meant; with several hosts, JAX does not see that
+    if jax.process_count() == 1:
+      return jax.device_put(batch, where)  # all entries in one call: half the time
+    with jax.transfer_guard('allow'):  # this transfer is meant, which JAX does not see
       return {k: put(v) for k, v in batch.items()}
 
   return place
