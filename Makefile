@@ -1,12 +1,14 @@
 # Two commands do everything, the virtual environment included:
 #   make quickstart   the main experiment: report at runs/shrink/report.html
 #   make test         lint, types and the whole test suite
-# Another interpreter: make test PYTHON=python3.12
+# Another interpreter: make test PYTHON=python3.12. Fewer tests at once than cores, or more: make test WORKERS=1
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE  # each of the tests' hundreds of processes would compile all sources anew
 
 .PHONY: quickstart test lint types bench lock clean
 
@@ -14,7 +16,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/python -m experiments.shrink
 
 test: $(VENV)/ready-test $(VENV)/ready-aot lint types
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.stats import LEVEL
@@ -152,13 +153,11 @@ def _jacobian(theta: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _descend(theta: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]:
   """`(theta, Huber loss)` of the minimum that is reached from theta."""
-  from scipy.optimize import least_squares
-
   k = len(u)
   low = np.array([v.min() - 12.0, *[v.min() - 12.0] * k, *[0.0] * k])
   high = np.array([v.min(), *[v.max() + 6.0] * k, *[LARGEST_EXPONENT] * k])
   inside = np.clip(theta, low + 1e-6, high - 1e-6)
-  found = least_squares(
+  found = scipy.optimize.least_squares(
     _residuals, inside, _jacobian, (low, high), args=(u, v), loss='huber', f_scale=DELTA, xtol=1e-10, ftol=1e-10
   )
   return found.x, float(found.cost)

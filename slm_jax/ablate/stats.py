@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import nctdtrinc, stdtr, stdtrit
+import scipy  # which loads its parts when they are asked for: a worker asks for none
 
 LEVEL = 0.95
 ALPHA = 0.05
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
       return math.nan
     if self.sd == 0:
       return 1.0 if self.mean == 0 else 0.0
-    return float(2 * stdtr(self.n - 1, -abs(self.mean) * math.sqrt(self.n) / self.sd))
+    return float(2 * scipy.special.stdtr(self.n - 1, -abs(self.mean) * math.sqrt(self.n) / self.sd))
 
   @property
   def detectable(self) -> float:
@@ -51,7 +51,7 @@ def interval(values: Iterable[float | None]) -> Interval:
   if n < 2:
     return Interval(mean, math.nan, math.nan, n)
   sd = math.sqrt(math.fsum((x - mean) ** 2 for x in xs) / (n - 1))
-  return Interval(mean, float(stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / math.sqrt(n), sd, n)
+  return Interval(mean, float(scipy.special.stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / math.sqrt(n), sd, n)
 
 
 def paired(ours: Mapping[Hashable, float | None], baseline: Mapping[Hashable, float | None]) -> Interval:
@@ -72,15 +72,13 @@ def bootstrap(
   statistic: takes an array and `axis`. method: 'BCa' (bias-corrected and accelerated, Efron 1987) or 'percentile'.
   NaN for fewer than two values. With fewer than about ten it is too narrow, and the t-interval is the better one.
   """
-  from scipy.stats import bootstrap as resample  # a third of a second to import
-
   xs = np.asarray(values, np.float64)
   if len(xs) < 2:
     return math.nan, math.nan
   if np.ptp(xs) == 0:  # every sample is the same, and BCa divides by their spread
     value = float(statistic(xs, axis=0))
     return value, value
-  found = resample(
+  found = scipy.stats.bootstrap(
     (xs,), statistic, confidence_level=LEVEL, n_resamples=draws, method=method, rng=np.random.default_rng(seed)
   ).confidence_interval
   return float(found.low), float(found.high)
@@ -108,7 +106,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def noncentrality(n: int, alpha: float = ALPHA) -> float:
   """effect * sqrt(n) / sd at which n values show the effect with 80 % power; tends to 2.80 for many, 5.65 for n = 3."""
-  return float(nctdtrinc(n - 1, 1 - POWER, stdtrit(n - 1, 1 - alpha / 2)))
+  return float(scipy.special.nctdtrinc(n - 1, 1 - POWER, scipy.special.stdtrit(n - 1, 1 - alpha / 2)))
 
 
 def seeds_needed(effect: float, sd: float, alpha: float = ALPHA) -> int | None:
