@@ -114,7 +114,7 @@ def _cudnn_flops(eqn: Any) -> float:
 
 def cache_compilations(folder: Path) -> None:
   """Keeps every compiled program in `folder`, so that the next arm, or the next launch, does not compile it again."""
-  if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)  # small programs are what we have
 

@@ -65,7 +65,7 @@ def by_magnitude(config: ModelConfig, params: Params) -> Scores:
   groups = config.n_kv_heads
   heads = (norms('q', 'H') * norms('o', 'H')).reshape(config.n_layers, groups, -1)
   of_groups = [np.sqrt((norms(name, 'H').reshape(*heads.shape) ** 2).sum(-1)) for name in ('q', 'o')]
-  of_width = 0.0
+  of_width = np.zeros(config.d_model)
   for (path, axes), x in zip(jax.tree.leaves_with_path(table), jax.tree.leaves(params), strict=True):
     if 'D' in axes and len(axes.replace('L', '')) > 1 and path[-1].key != 'positions':
       other = tuple(i for i, a in enumerate(axes) if a != 'D')

@@ -155,7 +155,7 @@ def _taken(x: np.ndarray, axes: str, index: dict[str, Index]) -> np.ndarray:
     if at.ndim == 1:
       x = np.take(x, at, axis)
     else:
-      x = np.take_along_axis(x, np.expand_dims(at, [a for a in range(1, x.ndim) if a != axis]), axis)
+      x = np.take_along_axis(x, np.expand_dims(at, tuple(a for a in range(1, x.ndim) if a != axis)), axis)
   return x
 
 
