@@ -10,8 +10,10 @@ FAST = [
   '--xla_backend_optimization_level=0',
   '--xla_cpu_parallel_codegen_split_count=1',
 ]
+EMITTERS = {}  # compiler options of a program that is to be as it is for users
 if importlib.metadata.version('jaxlib') < '0.11':  # which has nothing but MLIR
   FAST.append('--xla_cpu_use_fusion_emitters=false')
+  EMITTERS['xla_cpu_use_fusion_emitters'] = True
 
 
 def flags(devices: int) -> str:

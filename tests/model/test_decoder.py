@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import cheap
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -194,8 +195,8 @@ def value_and_grad(config, params, tokens):
     z = Decoder(config).apply({'params': params}, tokens)
     return (jax.nn.logsumexp(z, -1) - z[..., 0]).mean()
 
-  # Other emitters (see cheap.py) make a loop of every scatter.
-  return jax.jit(jax.value_and_grad(loss)).lower(params).compile({'xla_cpu_use_fusion_emitters': True})
+  # Other emitters make a loop of every scatter.
+  return jax.jit(jax.value_and_grad(loss)).lower(params).compile(cheap.EMITTERS)
 
 
 def test_unroll_and_remat_change_nothing_but_the_program():

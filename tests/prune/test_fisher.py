@@ -164,7 +164,7 @@ def test_a_vocabulary_in_chunks_gives_the_same(monkeypatch):
   whole = {e: estimate(e) for e in (fisher.sampled, fisher.per_token)}
   monkeypatch.setattr(losses.over_chunks, '__defaults__', (2,))  # tokens of a chunk
   for estimator, expected in whole.items():
-    close(estimate(estimator), expected)
+    close(estimate(estimator), expected, 1e-3)  # those of keys are what is left of sums a thousand times as large
 
 
 def test_batches_add_up_and_none_is_an_error():
