@@ -280,7 +280,7 @@ def test_a_flipped_byte_of_the_cache_is_never_read(workdir, folder, tmp_path):
   """Anywhere in its files: either all is read as it was (a byte of no meaning), or an error names the place."""
   dataset = train.prepare(base(), workdir, workdir).dataset
   sequences = [dataset.train[i] for i in range(len(dataset.stores[0].records('train')))]
-  whole = [Cache(folder).read(sequence) for sequence in sequences]
+  whole = list(map(Cache(folder).read, sequences))
   broken, named = tmp_path / 'broken', 0
   shutil.copytree(folder, broken)
   rng = np.random.default_rng(0)
@@ -290,7 +290,7 @@ def test_a_flipped_byte_of_the_cache_is_never_read(workdir, folder, tmp_path):
       path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.integers(8))]) + data[at + 1 :])
       fault = ''
       try:
-        again = [Cache(broken).read(sequence) for sequence in sequences]
+        again = list(map(Cache(broken).read, sequences))
       except ConfigError as error:
         fault = str(error)
       if fault:
