@@ -1,12 +1,12 @@
 # Two commands do everything, the virtual environment included:
 #   make quickstart   the main experiment: report at runs/shrink/report.html
 #   make test         lint, types and the whole test suite
-# Another interpreter: make test PYTHON=python3.12. Fewer tests at once than cores, or more: make test WORKERS=1
+# Another interpreter: make test PYTHON=python3.12. Another number of tests at once (cores, up to 4): make test WORKERS=1
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # each of the tests' hundreds of processes would compile all sources anew
 
