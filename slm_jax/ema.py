@@ -32,10 +32,10 @@ def ema(decay: float) -> Transform:
   def after(average, state, update):
     return follow(average, state.params, update.context.step, state.hparams['ema.decay']), state
 
-  def final(average, params):
+  def instead(average, params):
     return jax.tree.map(lambda a, p: a.astype(p.dtype), average, params)
 
-  return Transform('ema', {'ema.decay': decay}, init=init, after=after, final=final)
+  return Transform('ema', {'ema.decay': decay}, init=init, after=after, instead=instead)
 
 
 def follow(average: Params, params: Params, step: jax.Array, decay: jax.Array) -> Params:

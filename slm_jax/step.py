@@ -82,7 +82,9 @@ class Transform(NamedTuple):
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
   gradients:  (slot, grads, context) -> grads           what the optimiser sees of them
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
-  final:      (slot, params) -> params                  what evaluation and export see
+  instead:    (slot, params) -> params                  evaluated and exported in place of the trained ones: an average
+  final:      (slot, params) -> params                  what evaluation and export see of those: masked, gated; after
+                                                        the `instead` of all, so either order saves a masked average
   judge:      (slot, params, batch, context) -> Terms   more that a finished model is measured by, on held-out text;
                                                         context.step counts its batches
   witnesses:  () -> entries of frozen                   that only `judge` needs
@@ -98,6 +100,7 @@ class Transform(NamedTuple):
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
   gradients: Callable[[Slot, Params, Context], Params] = lambda slot, grads, context: grads
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
+  instead: Callable[[Slot, Params], Params] = lambda slot, params: params
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
   judge: Callable[[Slot, Params, Batch, Context], Terms] = lambda slot, params, batch, context: {}
   witnesses: Callable[[], Mapping[str, Any]] = dict
@@ -132,6 +135,7 @@ class TransformConfig:
 
   kind: ClassVar[str]
   online: ClassVar[bool] = True  # whether the arms that it names run along in each step
+  before: ClassVar[tuple[str, ...]] = ()  # kinds that it has to stand before, where it is with them
 
   def build(self, resources: Resources) -> tuple['Transform', dict[str, Any]]:
     """The transform, and its entries of `frozen`."""
@@ -204,6 +208,8 @@ def chain(*transforms: Transform) -> Transform:
 
   def final(slots, params):
     for p in parts:
+      params = p.instead(slots[p.name], params)
+    for p in parts:
       params = p.final(slots[p.name], params)
     return {name: tree for name, tree in params.items() if name not in names}
 
@@ -217,8 +223,24 @@ def chain(*transforms: Transform) -> Transform:
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
   wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
-  hooks = (init, extra, data, view, token_loss, loss, gradients, after, final, judge, witnesses)
-  return Transform('chain', hparams, *hooks, flops, wants, parts)
+  return Transform(
+    'chain',
+    hparams,
+    init=init,
+    extra=extra,
+    data=data,
+    view=view,
+    token_loss=token_loss,
+    loss=loss,
+    gradients=gradients,
+    after=after,
+    final=final,
+    judge=judge,
+    witnesses=witnesses,
+    flops=flops,
+    wants=wants,
+    parts=parts,
+  )
 
 
 def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: Transform = chain()) -> TrainState:

@@ -14,7 +14,7 @@ from slm_jax.ema import ema
 from slm_jax.losses import Term
 from slm_jax.optim import OptimConfig, optimizer
 from slm_jax.prune.schedules import sparsity_at
-from slm_jax.prune.transform import Rules, prune
+from slm_jax.prune.transform import Rules, apply, prune
 from slm_jax.step import Transform, chain, init_state, make_step
 
 MODEL, TEACHER = toy_model(), toy_model(width=16)
@@ -229,6 +229,17 @@ def test_ema_follows_its_recurrence():
   d = 0.1  # min(0.5, (1 + 0)/(10 + 0))
   close(state.slots['ema'], jax.tree.map(lambda a, p: d * a + (1 - d) * p, first.params, state.params), 1e-6)
   equal(chain(ema(0.5)).final(state.slots, state.params), state.slots['ema'])
+
+
+def test_the_average_of_a_masked_model_is_masked_in_either_order():
+  average, mask = ema(0.9), prune(0.5, 1, 4, 1)
+  finals = []
+  for transform in (chain(average, mask), chain(mask, average)):
+    state, _ = run(transform, 6)
+    finals.append(transform.final(state.slots, state.params)['layers'])
+    equal(finals[-1], apply(state.slots['prune'].masks, state.slots['ema'])['layers'])
+    assert float((finals[-1]['up'] == 0).mean()) == 0.5
+  close(*finals, 1e-6)
 
 
 def test_distillation_with_weight_zero_is_plain_training():

@@ -163,7 +163,8 @@ def build(
 def begin(folder: Path, key: dict[str, Any]) -> None:
   """Marks the folder as this cache's, or ConfigError if it is another's."""
   path = folder / MANIFEST
-  if path.exists():
+  others = [] if not folder.exists() else [each for each in folder.iterdir() if each.name[0] != '.' and each != path]
+  if path.exists():  # looked for last: another process may be here at the same time
     try:
       found = json.loads(path.read_text(encoding='utf-8'))['key']
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,10 +174,7 @@ def begin(folder: Path, key: dict[str, Any]) -> None:
       not other, f'{folder}: holds a cache of another {", ".join(other)}; choose another folder, or remove this one'
     )
     return
-  require(
-    not folder.exists() or all(path.name.startswith('.') for path in folder.iterdir()),  # locks; a manifest to be
-    f'{folder}: holds something else (it has no {MANIFEST})',
-  )
+  require(not others, f'{folder}: holds something else (it has no {MANIFEST})')  # but locks and a manifest to be
   write_json(path, {'key': key, 'identity': identity(key)})
 
 

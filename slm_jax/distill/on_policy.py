@@ -42,6 +42,7 @@ class OnPolicy(TransformConfig):
   """
 
   kind: ClassVar[str] = 'on_policy'
+  before: ClassVar[tuple[str, ...]] = ('distill', 'self_distill', 'features', 'relations')  # they read what it writes
   fraction: float = setting(1.0, traced=True)  # of rows that the student writes; each is chosen independently
   temperature: float = setting(1.0, traced=True)  # of its draws; 0: greedy
   max_new: int = 64  # tokens that it writes; a prompt that leaves less room in a sequence stays with its document
@@ -57,7 +58,7 @@ class OnPolicy(TransformConfig):
     require(self.buffer >= 0, f'{key}.buffer={self.buffer}: must not be negative')
 
   def check_in(self, config: Any, key: str) -> None:
-    data, kinds = config.data, [t.kind for t in config.transforms]
+    data = config.data
     require(data.packing == 'single', f'{key}: needs data.packing=single, one document a sequence; got {data.packing}')
     require(bool(data.prompt_end), f"{key}: needs data.prompt_end, after which the student writes; got ''")
     require(
@@ -71,8 +72,6 @@ class OnPolicy(TransformConfig):
     losses = [t for t in config.transforms if isinstance(t, TokenLoss)]
     require(bool(losses), f'{key}: nobody judges what the student writes; add a transform that does, such as distill')
     for loss in losses:
-      before = kinds.index(self.kind) < kinds.index(loss.kind)
-      require(before, f'{key}: must stand before {loss.kind} in transforms={", ".join(kinds)}')
       require(
         isinstance(loss, (Distill, SelfDistill)),
         f'{key}: {loss.kind} holds what a teacher said of documents, and nothing of rollouts; allowed: distill',

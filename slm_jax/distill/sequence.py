@@ -40,6 +40,7 @@ class SequenceDistill(TransformConfig):
 
   kind: ClassVar[str] = 'sequence_distill'
   online: ClassVar[bool] = False
+  before: ClassVar[tuple[str, ...]] = ('cached_distill',)  # which is to hold its texts as well
   teacher: str = setting('', arm=True)  # name of the arm
   documents: int = 10_000  # that it writes, each at most a sequence long
   temperature: float = 1.0  # of its draws; 0: greedy

@@ -149,7 +149,7 @@ def stored(params: Params, precision: Precision) -> Params:
     return params
 
   def of(path, w):
-    if precision == 'int8' and path[0].key == 'layers' and w.ndim > 2:
+    if precision == 'int8' and path[0].key == 'layers' and w.ndim > 2 and not path[-1].key.endswith('_bias'):
       w = w.astype(jnp.float32)
       scale = jnp.maximum(jnp.abs(w).max(axis=tuple(range(1, w.ndim - 1)), keepdims=True), 1e-30) / 127
       return Int8(jnp.round(w / scale).astype(jnp.int8), scale)

@@ -76,7 +76,7 @@ class Prune(TransformConfig):
     check_budget(rule, shapes, 1 - self.sparsity, self.allocation, f'{key}.sparsity', f'{self.sparsity:g}')
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
-    first, last = int(self.start * resources.steps), int(self.end * resources.steps)
+    first, last = int(self.start * resources.steps), max(int(self.end * resources.steps), 1)
     return prune(self.sparsity, first, last, self.every, self.rules, self._masks(resources)), {}
 
   @property

@@ -349,7 +349,7 @@ def test_what_goes_together():
     ({'first': OnPolicy(max_new=128)}, 'max_new=128: leaves no room for a prompt in data.seq_len=128'),
     ({'init': ''}, 'what an untrained student writes is noise'),
     ({'then': None}, 'nobody judges what the student writes'),
-    ({'swap': True}, 'must stand before distill in transforms=distill, on_policy'),
+    ({'swap': True}, 'transforms=distill, on_policy: on_policy must stand before distill'),
     ({'then': CachedDistill(teacher='t')}, 'cached_distill holds what a teacher said of documents'),
     ({'first': OnPolicy(fraction=1.5)}, 'fraction=1.5: must lie in [0, 1]'),
     ({'first': OnPolicy(replay=-1)}, 'replay=-1'),
