@@ -20,23 +20,22 @@ from slm_jax.step import Context, Slot
 
 
 def make_measure(
-  model: Model, byte_lengths: np.ndarray, chunk: int, completions: bool = False
+  model: Model, tokenizer: Tokenizer, chunk: int, completions: bool = False
 ) -> Callable[[Params, Batch], Terms]:
-  """The pure function (params, batch) -> sums over the batch's tokens. byte_lengths [V]: UTF-8 bytes of each token.
+  """The pure function (params, batch) -> sums over the batch's tokens, whose bytes the tokenizer knows.
 
   completions: a row is one document with a prompt; count those whose greedy completion is the document's. It is, up to
   its end, exactly if each token is the most likely one after the document's own tokens before it: no need to decode.
   """
   cross_entropy = losses.cross_entropy()
-  lengths = np.zeros(model.config.vocab_size, np.float32)
-  lengths[: len(byte_lengths)] = byte_lengths
 
   def token_loss(logits, tokens, context) -> Terms:
-    mask = tokens['mask']
+    mask, first = tokens['mask'], (tokens['inputs'] == tokenizer.bos).astype(jnp.int32)
+    n_bytes = jnp.asarray(tokenizer.text_bytes)[first, tokens['targets']]
     hits = (jnp.argmax(logits, axis=-1) == tokens['targets']).astype(jnp.float32)
     return {
       **cross_entropy(logits, tokens, context),
-      'bytes': Term((jnp.asarray(lengths)[tokens['targets']] * mask).sum(), mask.sum(), 0.0),
+      'bytes': Term((n_bytes * mask).sum(), mask.sum(), 0.0),
       'ece': losses.calibration(logits, tokens['targets'], mask),
       **({'misses': Term(((1 - hits) * mask).sum(1), mask.sum(1), 0.0)} if completions else {}),
     }

@@ -148,9 +148,7 @@ class Config:
     require(len(set(kinds)) == len(kinds), f'{key}.transforms={", ".join(kinds)}: one of a kind at most')
     for place, transform in enumerate(self.transforms):
       late = [kind for kind in kinds[:place] if kind in transform.before]
-      require(
-        not late, f'{key}.transforms={", ".join(kinds)}: {transform.kind} must stand before {", ".join(late)}'
-      )
+      require(not late, f'{key}.transforms={", ".join(kinds)}: {transform.kind} must stand before {", ".join(late)}')
       transform.check_in(self, f'{key}.transforms.{transform.kind}')
 
   def check_parents(self, parents: Mapping[str, 'Config']) -> None:

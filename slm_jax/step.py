@@ -223,24 +223,8 @@ def chain(*transforms: Transform) -> Transform:
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
   wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
-  return Transform(
-    'chain',
-    hparams,
-    init=init,
-    extra=extra,
-    data=data,
-    view=view,
-    token_loss=token_loss,
-    loss=loss,
-    gradients=gradients,
-    after=after,
-    final=final,
-    judge=judge,
-    witnesses=witnesses,
-    flops=flops,
-    wants=wants,
-    parts=parts,
-  )
+  hooks = Transform('chain', hparams, init, extra, data, view, token_loss, loss, gradients, after)
+  return hooks._replace(final=final, judge=judge, witnesses=witnesses, flops=flops, wants=wants, parts=parts)
 
 
 def init_state(key: jax.Array, params: Params, optimizer: Optimizer, transform: Transform = chain()) -> TrainState:

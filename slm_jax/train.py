@@ -187,9 +187,7 @@ def assemble(
     layout=layout,
     abstract=sharding.abstract(shapes, layout),
     final=lambda state: transform.final(state.slots, state.params),
-    measure=evaluate.make_measure(
-      model, dataset.tokenizer.byte_lengths, config.train.loss_chunk, config.data.has_completions
-    ),
+    measure=evaluate.make_measure(model, dataset.tokenizer, config.train.loss_chunk, config.data.has_completions),
     judge=transform.judge,
     witnesses=transform.witnesses,
     place=sharding.placer(mesh),

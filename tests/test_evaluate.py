@@ -1,6 +1,7 @@
 """Evaluation against models whose numbers are known."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from slm_jax.model.decode import generate
 from slm_jax.model.decoder import build
 
 VOCAB = 11
-LENGTHS = np.array([0, 1, 2, 3, 1, 1, 1, 4, 1, 1, 1], np.float32)
+LENGTHS = np.array([0, 1, 2, 3, 1, 1, 1, 4, 1, 1, 1], np.int32)
+BOS = 1
+# Right after <bos> token 3 stands for a byte less.
+TOKENIZER = types.SimpleNamespace(bos=BOS, text_bytes=np.stack([LENGTHS, LENGTHS - (np.arange(VOCAB) == 3)]))
 
 
 def measure(params, batches, chunk=10_000, model=None):
-  step = make_measure(model or toy_model(vocab=VOCAB), LENGTHS, chunk)
+  step = make_measure(model or toy_model(vocab=VOCAB), TOKENIZER, chunk)
   return evaluate(step, params, batches, lambda: None)
 
 
@@ -31,7 +35,10 @@ def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess():
   batch = toy_batch(0)
   result = measure(uniform, [batch])
   mask = np.asarray(batch['mask'])
-  count, n_bytes = mask.sum(), (LENGTHS[np.asarray(batch['targets'])] * mask).sum()
+  inputs, targets = np.asarray(batch['inputs']), np.asarray(batch['targets'])
+  first = (inputs == BOS) & (targets == 3) & (mask > 0)
+  count, n_bytes = mask.sum(), (LENGTHS[targets] * mask).sum() - first.sum()
+  assert first.any()
   assert result['loss'] == pytest.approx(math.log(VOCAB), rel=1e-6)
   assert result['perplexity'] == pytest.approx(VOCAB, rel=1e-5)
   assert result['bits_per_byte'] == pytest.approx(math.log2(VOCAB) * count / n_bytes, rel=1e-5)
@@ -84,7 +91,7 @@ def test_poll_is_asked_before_every_batch_and_may_stop():
     if len(calls) == 2:
       raise Stop
 
-  step = make_measure(toy_model(vocab=VOCAB), LENGTHS, 1000)
+  step = make_measure(toy_model(vocab=VOCAB), TOKENIZER, 1000)
   with pytest.raises(Stop):
     evaluate(step, params(), [toy_batch(0), toy_batch(1)], poll)
 
@@ -104,7 +111,7 @@ def test_exact_match_is_that_of_greedy_decoding():
   mask = jnp.concatenate([jnp.zeros((40, 1)), 1.0 - done], axis=1)
   right = (~spoilt | (np.asarray(mask)[:, -1] == 0)).mean()
   for chunk in (40, 1000):
-    step = make_measure(model, np.ones(5), chunk, completions=True)
+    step = make_measure(model, TOKENIZER, chunk, completions=True)
     padded = {k: jnp.pad(v, ((0, 5), (0, 0))) for k, v in (batch | {'mask': mask}).items()}
     assert evaluate(step, weights, [padded], lambda: None)['exact_match'] == pytest.approx(right)
   assert 0 < right < 1

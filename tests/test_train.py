@@ -76,7 +76,7 @@ def test_the_saved_model_alone_gives_the_reported_loss(family):
     config, params, record = load_model(workdir / 'arms' / name / 'model')
     dataset = open_data(arms[name].data, workdir / 'data', print)
     assert record['tokenizer'] == dataset.tokenizer.fingerprint
-    step = make_measure(decoder.build(config), dataset.tokenizer.byte_lengths, 2048)
+    step = make_measure(decoder.build(config), dataset.tokenizer, 2048)
     batches = dataset.valid_batches(8, arms[name].eval.sequences)
     again = evaluate(step, params, batches, lambda: None)
     assert again['loss'] == pytest.approx(run_json(workdir, name)['summary']['loss'], rel=1e-5)

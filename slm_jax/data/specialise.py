@@ -80,13 +80,14 @@ def cut(of: SentencePiece, kept: Sequence[int]) -> SentencePiece:
 def within(small: Tokenizer, large: Tokenizer, who: str) -> np.ndarray:
   """[v]: the id in `large`, the tokenizer of `who`, of each token of `small`. ConfigError if one is missing there.
 
-  Special tokens are found by what they are, all others by their bytes; a byte is not the piece that reads the same.
+  Special tokens are found by what they are, or by their name, and all others by their bytes; a byte is not the piece
+  that reads the same.
   """
   special = {small.pad: large.pad, small.bos: large.bos, small.eos: large.eos}
-  ids: dict[tuple[bytes, bool], int] = {}
-  for i, spelt in enumerate(large.spelling):
-    ids.setdefault((spelt, _is_byte(large, i)), i)
-  found = [special.get(i, ids.get((spelt, _is_byte(small, i)), -1)) for i, spelt in enumerate(small.spelling)]
+  ids: dict[tuple[bytes, str], int] = {}
+  for i in range(large.vocab_size):
+    ids.setdefault(_known_by(large, i), i)
+  found = [special.get(i, ids.get(_known_by(small, i), -1)) for i in range(small.vocab_size)]
   missing = [small.spelling[i] for i, at in enumerate(found) if at < 0]
   require(
     not missing,
@@ -96,8 +97,12 @@ def within(small: Tokenizer, large: Tokenizer, who: str) -> np.ndarray:
   return np.array(found)
 
 
-def _is_byte(of: Tokenizer, i: int) -> bool:
-  return not isinstance(of, SentencePiece) or of.pieces.is_byte(i)
+def _known_by(of: Tokenizer, i: int) -> tuple[bytes, str]:
+  """(what it stands for, the name of a special token or of a byte)."""
+  spelt = of.spelling[i]
+  if not isinstance(of, SentencePiece):
+    return spelt, f'<0x{spelt[0]:02X}>' if spelt else ''
+  return spelt, of.pieces.id_to_piece(i) if not spelt or of.pieces.is_byte(i) else ''
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -125,7 +130,12 @@ def made(options: flags.FlagValues) -> str:
     except (OSError, UnicodeDecodeError) as error:
       raise ConfigError(f'--text={name}: {" ".join(str(error).split())}') from None
   small = specialised(large, texts, options.vocab_size)
-  Path(options.out).expanduser().write_bytes(small.serialize())
+  out = Path(options.out).expanduser()
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(small.serialize())
+  except OSError as error:
+    raise ConfigError(f'--out={options.out}: {error.strerror}') from None
   n_bytes = sum(len(text.encode()) for text in texts)
   rates = [n_bytes / max(sum(len(each.encode(text)) for text in texts), 1) for each in (large, small)]
   return (

@@ -50,11 +50,18 @@ class Tokenizer(abc.ABC):
   eos: int
   spelling: Sequence[bytes]  # [V]: the UTF-8 bytes that a token stands for; none for special ones
   fingerprint: str  # 16 hex digits of SHA-256 over `serialize()`
+  prefix: int = 0  # bytes that it puts before every text: some put a space there
 
   @functools.cached_property
   def byte_lengths(self) -> np.ndarray:
     """int32 [V], of `spelling`."""
     return np.array([len(text) for text in self.spelling], np.int32)
+
+  @functools.cached_property
+  def text_bytes(self) -> np.ndarray:
+    """int32 [2, V]: bytes of its text that a token stands for inside of a document, and as the first after <bos>."""
+    spaced = np.array([text[:1] == b' ' for text in self.spelling])
+    return np.stack([self.byte_lengths, self.byte_lengths - self.prefix * spaced])
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
@@ -133,6 +140,8 @@ class SentencePiece(Tokenizer):
     require(min(self.bos, self.eos) >= 0, f'{name}: has no ids for the begin and the end of a document')
     self.spelling = [self._spelt(i) for i in range(self.vocab_size)]
     self._space = [pieces.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
+    self.prefix = sum(len(self.spelling[token]) for token in pieces.encode('a')) - 1
+    self._inside = pieces if not self.prefix else _without_prefix(model)
     self._model = model
     self.fingerprint = _fingerprint(model)
     for probe in PROBES:
@@ -147,7 +156,7 @@ class SentencePiece(Tokenizer):
     first, *rest = text.split('▁')
     ids = self.pieces.encode(first)
     for part in rest:
-      ids += self._space + self.pieces.encode(part)
+      ids += self._space + self._inside.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -162,6 +171,15 @@ class SentencePiece(Tokenizer):
       return b''
     piece = pieces.id_to_piece(i)  # of a byte, '<0x41>'
     return bytes([int(piece[3:5], 16)]) if pieces.is_byte(i) else piece.replace('▁', ' ').encode()
+
+
+def _without_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
+  from sentencepiece import sentencepiece_model_pb2
+
+  model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+  proto = model_pb2.ModelProto.FromString(model)
+  proto.normalizer_spec.add_dummy_prefix = False
+  return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def _fingerprint(serialized: bytes) -> str:

@@ -10,7 +10,6 @@ models know a probability (approximate likelihood matching, Minixhofer et al., a
 Numbers of chunks and places count from 1; 0 is none.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -52,7 +51,7 @@ def align(sequence: np.ndarray, own: Tokenizer, other: Tokenizer, length: int) -
   its_sequence[0] = other.pad
   used = chunks = wanted = 0
   for first, end in _documents(ids):
-    ours = _side(tokens[first:end].tolist(), own, _prefix(own) * int(tokens[first] == own.bos))
+    ours = _side(tokens[first:end].tolist(), own, own.prefix * int(tokens[first] == own.bos))
     theirs = _again(ours.tokens, own, other)
     wanted += len(theirs.tokens)
     n = min(len(theirs.tokens), length + 1 - used)
@@ -83,19 +82,13 @@ def _side(tokens: list[int], of: Tokenizer, skipped: int) -> Side:
   return Side(tokens, np.maximum(np.cumsum(lengths) - skipped, 0))
 
 
-@functools.cache
-def _prefix(of: Tokenizer) -> int:
-  """Bytes that it puts before every text: some put a space there."""
-  return sum(len(of.spelling[token]) for token in of.encode('a')) - 1
-
-
 def _again(tokens: list[int], own: Tokenizer, other: Tokenizer) -> Side:
   """The same text in the other vocabulary. A piece of a document may begin and end in the middle of a character."""
   whole = tokens[0] == own.bos
-  spelt = b''.join(own.spelling[token] for token in tokens)[_prefix(own) * whole :]
+  spelt = b''.join(own.spelling[token] for token in tokens)[own.prefix * whole :]
   start = next((i for i, byte in enumerate(spelt) if byte & 0xC0 != 0x80), len(spelt))
   text = spelt[start:].decode(errors='ignore')
-  ids, prefix = other.encode(text), _prefix(other) * bool(text)
+  ids, prefix = other.encode(text), other.prefix * bool(text)
   its = _side([other.bos] * whole + ids + [other.eos] * (tokens[-1] == own.eos), other, prefix)
   kept = b''.join(other.spelling[token] for token in ids)[prefix:] == text.encode()  # or nothing can be compared
   return Side(its.tokens, its.ends + start if kept else np.full_like(its.ends, -1))

@@ -26,6 +26,7 @@ from slm_jax.config import require, setting
 from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch
 from slm_jax.data.dataset import Dataset
+from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.distill import alignment
 from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.teachers import Precision, restored, stored
@@ -114,7 +115,7 @@ class CrossDistill(TransformConfig):
       made = ranked_alike(teacher, numbers, resources.vocab)
     # What the device computes, padding included: how many of its tokens a text has, is not known here.
     flops = flops_per_token(model.config, length, backward=False) * length / resources.seq_len
-    judge = judged(resources.model, teacher, resources.vocab, resources.tokenizer.byte_lengths)
+    judge = judged(resources.model, teacher, resources.vocab, resources.tokenizer)
     return made._replace(flops=flops, judge=judge), {name: stored(params, self.precision)}
 
   def _length(self, resources: Resources) -> int:
@@ -271,13 +272,12 @@ def _less(terms: Terms, name: str, context: Context) -> Terms:
 # ------------------------------------------------------------------------------------------------- the finished student
 
 
-def judged(student: Model, teacher: Crossed, vocab: int, byte_lengths: np.ndarray) -> Callable[..., Terms]:
+def judged(student: Model, teacher: Crossed, vocab: int, tokenizer: Tokenizer) -> Callable[..., Terms]:
   """On held-out text, over what lies in chunks:
 
   teacher_bits_per_byte   of the teacher; the student's own is among what any arm is measured by
   chunk_kl                KL of the two Bernoullis of a chunk, at tau = 1
   """
-  lengths = jnp.zeros(student.config.vocab_size, jnp.float32).at[: len(byte_lengths)].set(byte_lengths)
 
   def measure(slot: Slot, params: Params, batch: Batch, context: Context) -> Terms:
     t = batch['inputs'].shape[1]
@@ -289,7 +289,8 @@ def judged(student: Model, teacher: Crossed, vocab: int, byte_lengths: np.ndarra
     hidden = student.hidden(params, batch)
     log_q = losses.over_chunks(of_chunks, student.head, params, hidden, own, context)['log_q']
     log_p, there = teacher.log_p(batch, context), log_q.count > 0
-    n_bytes = (lengths[own['targets']] * (own['chunk'] > 0)).sum()
+    first = (batch['inputs'] == tokenizer.bos).astype(jnp.int32)
+    n_bytes = (jnp.asarray(tokenizer.text_bytes)[first, own['targets']] * (own['chunk'] > 0)).sum(dtype=jnp.float32)
     kl = jnp.where(there, binary_kl(log_p, log_q.sum, 1.0), 0.0)
     return {
       'teacher_bits_per_byte': Term(-jnp.where(there, log_p, 0.0).sum() / math.log(2), n_bytes, 0.0),

@@ -6,7 +6,8 @@
     entropy, teacher_entropy      of q and p
     rollout_kl                    KL(q || p) a token of the student's own text (MiniLLM, arXiv 2306.08543)
 
-Sums over tokens, in nats, over the tokenizer's vocabulary: what a model has beyond that is padding.
+Sums over tokens, in nats, over the tokenizer's vocabulary: what a model has beyond that is padding. If transforms of an
+arm have different teachers, these are of the last one's.
 """
 
 import functools

@@ -68,6 +68,8 @@ class TokenLoss(TransformConfig):
     require(self.temperature > 0, f'{key}.temperature={self.temperature}: must be positive')
     end = self.temperature_end
     require(end > 0 or end == STAYS, f'{key}.temperature_end={end}: must be positive, or -1')
+    fixed = self.divergence == 'policy_gradient' and self.tempered
+    require(not fixed, f'{key}.temperature={self.temperature}: policy_gradient is at temperature 1 only')
 
   def check_in(self, config: Any, key: str) -> None:
     writes = any(t.kind == 'on_policy' for t in config.transforms)
@@ -136,6 +138,8 @@ class Distill(TokenLoss):
     check_k(self, config, key)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
+    most = resources.vocab  # fewer than model.vocab_size, where that is padded
+    require(self.signal != 'top_k' or self.k <= most, f'transforms.distill.k={self.k}: the tokenizer has {most} tokens')
     parts, frozen, flops = [], {}, 0.0
     for arm in (self.teacher, *self.co_teachers):
       model, params = resources.load(arm)

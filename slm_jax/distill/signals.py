@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax import vocabulary
-from slm_jax.distill.divergences import LOWEST, Divergence, entropy_of_log, kl_of_logs, log_softmax
+from slm_jax.distill.divergences import LOWEST, Divergence, entropy_of_log, kl_of_logs, log_softmax, total_variation
 from slm_jax.model.api import Batch
 from slm_jax.vocabulary import Logits, each
 
@@ -66,11 +66,15 @@ def sampled(logits: Logits, uniform: jax.Array) -> Sampled:
 
 
 def dense_loss(divergence: Divergence) -> SignalLoss:
-  """T^2 D(p_T, q_T), p_T = softmax(z / T): the gradient's size does not depend on T (arXiv 1503.02531)."""
+  """T^2 D(p_T, q_T), p_T = softmax(z / T): the gradient's size does not depend on T (arXiv 1503.02531).
+
+  T TVD(p_T, q_T) for the total variation, which is of first order in p - q and not of second.
+  """
+  order = 1 if divergence is total_variation else 2
 
   def loss(signal: Dense, logits, tokens, temperature, mix):
     p, q = (each(lambda z: z / temperature, z) for z in (signal.logits, logits))
-    return temperature**2 * divergence(p, q, mix)
+    return temperature**order * divergence(p, q, mix)
 
   return loss
 

@@ -130,7 +130,7 @@ def losses_of(
   )
 
   def loss(config: ModelConfig, params: Any) -> float:
-    measure = evaluate.make_measure(decoder.build(config), dataset.tokenizer.byte_lengths, losses.CHUNK)
+    measure = evaluate.make_measure(decoder.build(config), dataset.tokenizer, losses.CHUNK)
     return evaluate.evaluate(jax.jit(measure), params, held_out, lambda: None)['loss']
 
   text = dataset.calibration(options.sequences)

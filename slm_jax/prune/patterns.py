@@ -108,7 +108,10 @@ def _of_groups(score_LIO: jax.Array, count_L: jax.Array, rule: Pattern) -> jax.A
 def _of_blocks(score_LIO: jax.Array, count_L: jax.Array, rule: Pattern) -> jax.Array:
   layers, inputs, outputs = score_LIO.shape
   b = rule.m
-  blocks = score_LIO.reshape(layers, inputs // b, b, outputs // b, b).sum((2, 4))
+  each = score_LIO.reshape(layers, inputs // b, b, outputs // b, b)
+  alive = each != -jnp.inf
+  # Of the weights that may stay: those that may not are no reason to take another block.
+  blocks = jnp.where(alive.any((2, 4)), jnp.where(alive, each, 0).sum((2, 4)), -jnp.inf)
   kept = _of_layer(blocks, jnp.maximum(jnp.round(count_L / b**2).astype(jnp.int32), 1), rule)
   return jnp.repeat(jnp.repeat(kept, b, axis=1), b, axis=2)
 

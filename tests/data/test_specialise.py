@@ -1,5 +1,7 @@
 """A specialised vocabulary loses no text, can make each of its pieces, and takes a model's embeddings along."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 
 from slm_jax import metrics, train
 from slm_jax.checkpoint import load_model
@@ -61,6 +64,19 @@ def test_ids_go_by_spelling():
   assert within(tokenizer.Bytes(), LARGE, 'arm x').tolist() == list(range(259))
   with pytest.raises(ConfigError, match='arm x: its tokenizer .* lacks 220 tokens of data.tokenizer, such as'):
     within(LARGE, SMALL, 'arm x')
+
+
+def test_special_tokens_of_its_own_are_found_by_their_names():
+  model = io.BytesIO()
+  settings = {**tokenizer.SETTINGS, 'control_symbols': ['<mask>', '<sep>'], 'minloglevel': 2}
+  SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=400, **settings)
+  large = tokenizer.SentencePiece(model.getvalue())
+  small = specialised(large, DOMAIN, 330)
+  names = [
+    [of.pieces.id_to_piece(i) for i in ids] for of, ids in ((small, range(330)), (large, within(small, large, 'x')))
+  ]
+  assert names[0] == names[1]
+  assert {'<unk>', '<mask>', '<sep>'} < set(names[0])
 
 
 def test_a_model_of_fewer_tokens_says_the_same_of_them():
@@ -118,6 +134,8 @@ def test_the_command_writes_a_file_that_loads(tmp_path, capsys):
   assert run(tmp_path, *words, '--vocab_size=380') == 0
   assert capsys.readouterr().out.startswith('380 of 600 tokens; bytes a token on these texts: ')
   assert tokenizer.load(tmp_path / 'out.model').vocab_size == 380
+  assert run(tmp_path / 'new' / 'folder', *words, '--vocab_size=380') == 0
+  assert tokenizer.load(tmp_path / 'new' / 'folder' / 'out.model').vocab_size == 380
 
 
 @pytest.mark.parametrize(
@@ -130,6 +148,7 @@ def test_the_command_writes_a_file_that_loads(tmp_path, capsys):
     (['--vocab_size=300', 'what'], 'unexpected: what'),
     ([], '--vocab_size: must be given'),
     (['--vocab_size=many'], 'vocab_size'),
+    (['--vocab_size=300', '--out=/proc/nowhere/out.model'], '--out=/proc/nowhere/out.model: '),
   ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, words, message):

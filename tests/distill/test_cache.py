@@ -191,6 +191,23 @@ def test_a_folder_of_something_else_is_left_alone(workdir, tmp_path):
     capture.build(tmp_path / 'mine', captured(workdir), {}, quiet)
 
 
+def test_another_process_may_begin_the_same_cache_at_the_same_moment(tmp_path, monkeypatch):
+  folder, exists = tmp_path / 'c', Path.exists
+  folder.mkdir()
+
+  def late(path, **options):
+    found = exists(path, **options)
+    if path.name == capture.MANIFEST and not found:  # now the other one writes it
+      with monkeypatch.context() as once:
+        once.setattr(Path, 'exists', exists)
+        capture.begin(folder, {'teacher': 't'})
+    return found
+
+  monkeypatch.setattr(Path, 'exists', late)
+  capture.begin(folder, {'teacher': 't'})
+  assert json.loads((folder / capture.MANIFEST).read_text())['key'] == {'teacher': 't'}
+
+
 # ---------------------------------------------------------------------------------------------------- the command line
 
 

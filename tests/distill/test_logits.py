@@ -16,9 +16,10 @@ from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, kl
 from slm_jax.distill.logits import Distill, SelfDistill, distill, taught_by
 from slm_jax.experiment import Config
+from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig, optimizer
-from slm_jax.step import chain, init_state, make_step
+from slm_jax.step import Resources, chain, init_state, make_step
 
 MODEL, TEACHER = toy_model(), toy_model(width=16)
 FROZEN = {'teacher': TEACHER.init(jax.random.PRNGKey(7)), 'second': MODEL.init(jax.random.PRNGKey(8))}
@@ -212,8 +213,6 @@ def test_ones_own_average_teaches_nothing_at_first_and_follows():
 
 @pytest.mark.parametrize('precision, tolerance', [('bfloat16', 0.02), ('int8', 0.05)])
 def test_a_teacher_in_fewer_bits_says_nearly_the_same(precision, tolerance):
-  from slm_jax.model import decoder
-
   model = decoder.build(
     ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64, init_std=0.2)
   )
@@ -225,6 +224,14 @@ def test_a_teacher_in_fewer_bits_says_nearly_the_same(precision, tolerance):
   assert kl(own, its).mean() > 0
   sizes = [sum(x.nbytes for x in jax.tree.leaves(tree['layers'])) for tree in (params, fewer)]
   assert sizes[1] < sizes[0] * (0.51 if precision == 'bfloat16' else 0.36)
+
+
+def test_a_bias_is_not_among_the_matrices_of_8_bits():
+  model = decoder.build(ModelConfig(norm='layer', mlp='gelu', bias=True, positions='learned'))
+  params = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  layers = teachers.stored(params, 'int8')['layers']
+  narrow = {name for name, w in layers.items() if isinstance(w, teachers.Int8)}
+  assert narrow == {'q', 'k', 'v', 'o', 'up', 'down'}
 
 
 def test_padding_of_the_vocabulary_is_no_part_of_it():
@@ -291,6 +298,8 @@ def test_a_population_equals_its_arms_and_asks_the_teacher_once(name):
     (Distill('t', signal='top_k', divergence='jsd'), 'distill.divergence=jsd: needs the whole distribution'),
     (Distill('t', signal='sampled', temperature=2.0), 'sampled is at temperature 1 only'),
     (Distill('t', signal='top_k', tail='none', temperature=2.0), 'tail=none is at temperature 1 only'),
+    (Distill('t', divergence='policy_gradient', temperature=2.0), 'policy_gradient is at temperature 1 only'),
+    (Distill('t', divergence='policy_gradient', temperature_end=2.0), 'policy_gradient is at temperature 1 only'),
     (Distill('t', co_teachers=('u',), shares=(1.0,)), 'distill.shares=(1.0,): expected 2, one for each teacher'),
     (Distill('t', co_teachers=('u',), shares=(1.0, 0.0)), 'must be positive'),
     (SelfDistill(decay=1.0), 'self_distill.decay=1.0: must lie in [0, 1)'),
@@ -300,6 +309,12 @@ def test_what_cannot_be_is_one_line(spec, message):
   with pytest.raises(ConfigError, match=re.escape(message)) as error:
     check(Config(transforms=(spec,)))
   assert '\n' not in str(error.value)
+
+
+def test_a_top_k_beyond_the_tokenizer_is_refused_where_the_models_vocabulary_is_padded():
+  resources = Resources(steps=1, seq_len=6, vocab=8, model=TEACHER, load=lambda arm: (TEACHER, {}), folder=None)
+  with pytest.raises(ConfigError, match='transforms.distill.k=9: the tokenizer has 8 tokens'):
+    Distill('t', signal='top_k', k=9).build(resources)
 
 
 def test_the_plain_case_is_hintons():

@@ -11,6 +11,7 @@ from slm_jax.data.config import DataConfig
 from slm_jax.distill import rollouts, signals, teachers
 from slm_jax.distill.cached import CachedDistill
 from slm_jax.distill.divergences import DIVERGENCES, log_softmax, reverse_kl
+from slm_jax.distill.features import Features, Relations
 from slm_jax.distill.logits import Distill, taught_by
 from slm_jax.distill.on_policy import OnPolicy, on_policy
 from slm_jax.experiment import Config, InitConfig
@@ -330,8 +331,8 @@ def test_a_step_that_replays_writes_nothing_new():
 PROMPTED = DataConfig(sources=('addition',), packing='single', prompt_end='=')
 
 
-def config(first=OnPolicy(), then=Distill('t'), data=PROMPTED, init='sft', swap=False):  # noqa: B008
-  transforms = [t for t in (first, then) if t is not None]
+def config(first=OnPolicy(), then=Distill('t'), data=PROMPTED, init='sft', swap=False, early=None):  # noqa: B008
+  transforms = [t for t in (early, first, then) if t is not None]
   return Config(data=data, init=InitConfig(init), transforms=tuple(transforms[::-1] if swap else transforms))
 
 
@@ -350,6 +351,8 @@ def test_what_goes_together():
     ({'init': ''}, 'what an untrained student writes is noise'),
     ({'then': None}, 'nobody judges what the student writes'),
     ({'swap': True}, 'transforms=distill, on_policy: on_policy must stand before distill'),
+    ({'early': Features('t', layers=('1:1',))}, 'on_policy must stand before features'),
+    ({'early': Relations('t')}, 'on_policy must stand before relations'),
     ({'then': CachedDistill(teacher='t')}, 'cached_distill holds what a teacher said of documents'),
     ({'first': OnPolicy(fraction=1.5)}, 'fraction=1.5: must lie in [0, 1]'),
     ({'first': OnPolicy(replay=-1)}, 'replay=-1'),

@@ -16,6 +16,7 @@ from slm_jax.data import packing
 from slm_jax.data.dataset import open_data
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.distill import sequence
+from slm_jax.distill.cached import CachedDistill
 from slm_jax.distill.sequence import SequenceDistill
 from slm_jax.model import decoder
 from slm_jax.model.flops import flops_per_token
@@ -212,3 +213,10 @@ def test_alone_in_a_population_and_measured(tmp_path, monkeypatch):
 def test_what_cannot_be_meant(settings, message):
   with pytest.raises(ConfigError, match=message):
     check(override(CONFIG, {'transforms': (SequenceDistill(**{'teacher': 'teacher', **settings}),)}))
+
+
+def test_what_is_written_comes_before_what_is_written_down_of_it():
+  transforms = CachedDistill('teacher'), SequenceDistill('teacher')
+  check(override(CONFIG, {'transforms': transforms[::-1]}))
+  with pytest.raises(ConfigError, match='sequence_distill must stand before cached_distill'):
+    check(override(CONFIG, {'transforms': transforms}))

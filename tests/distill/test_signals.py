@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slm_jax.distill import signals
-from slm_jax.distill.divergences import kl, log_softmax, reverse_kl
+from slm_jax.distill.divergences import DIVERGENCES, kl, log_softmax, reverse_kl
 from slm_jax.distill.signals import Dense, policy_gradient, sampled_loss, top_k, top_k_loss
 
 V, K = 24, 5
@@ -164,6 +164,16 @@ def test_the_policy_gradient_is_the_reverse_kl_in_the_mean():
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
+
+
+@pytest.mark.parametrize('name', sorted(DIVERGENCES))
+def test_no_divergences_gradient_depends_on_the_temperature_where_it_is_high(name):
+  loss = signals.dense_loss(DIVERGENCES[name])
+
+  def size(temperature):
+    return jnp.linalg.norm(jax.grad(lambda q: value(loss, Dense(P), q, jnp.float32(temperature)).sum())(Q))
+
+  np.testing.assert_allclose(size(32.0), size(16.0), rtol=0.1)
 
 
 def test_what_is_logged_is_at_temperature_one():

@@ -93,6 +93,16 @@ def test_the_stack_equals_its_layers_one_by_one(pattern):
       np.testing.assert_array_equal(mask[0], stacked[name][i])
 
 
+def test_blocks_with_some_weights_gone_are_chosen_by_those_that_are_left():
+  alive = {'up': jax.random.bernoulli(jax.random.PRNGKey(1), 0.5, SHAPES['up']).at[0, :4, :4].set(False)}
+  scores = {'up': scores_of()['up'] - 10}  # negative: a block of nothing must not look better for its 0
+  left = np.where(alive['up'], scores['up'], 0)[0].reshape(4, 4, 6, 4).sum((1, 3))
+  left[0, 0] = -np.inf
+  mask = np.asarray(masks_of(scores, jnp.float32(0.25), '4x4', 'uniform', alive)['up'])[0]
+  blocks = np.kron(first_largest(left, 6), np.ones((4, 4), bool))
+  np.testing.assert_array_equal(mask, blocks & np.asarray(alive['up'][0]))
+
+
 def test_nan_goes_first():
   scores = {'up': jnp.full((1, 8, 4), jnp.nan).at[0, 3:5].set(-1.0)}
   for pattern, keep in {'layer': 0.25, 'output': 0.25, '1:4': 0.25}.items():

@@ -64,6 +64,14 @@ def test_the_shapes_of_the_schedules():
   np.testing.assert_allclose(curves['cyclic'][:length], curves['cubic'][:-1:CYCLES], rtol=1e-5)
 
 
+@pytest.mark.parametrize('end, steps', [(0.0, 100), (0.004, 100), (1.0, 1)])
+def test_a_window_that_ends_before_the_first_step_is_that_step(end, steps):
+  transform, _ = Prune(0.5, start=0.0, end=end, schedule='one_shot').build(resources(None, steps))
+  state, _ = jax.jit(make_step(MODEL, ADAM, transform))(start(transform), toy_batch(), {})
+  left = [float(mask.mean()) for mask in matrices(state.slots['prune'].masks).values()]
+  np.testing.assert_allclose(left, 0.5, atol=0.02)
+
+
 # ---------------------------------------------------------------------------------------------------------- tickets
 
 
