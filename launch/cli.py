@@ -8,7 +8,7 @@ A wrong flag, key, value or combination is one line on stderr and exit code 1, b
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -23,6 +23,7 @@ from slm_jax.ablate import report, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
 from slm_jax.ablate.choose import choose
+from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
 from slm_jax.config import ConfigError, flatten, require
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
@@ -60,7 +61,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     return EXIT_DONE
 
   # ---- is it possible?
-  workdir = Path(options.workdir)
+  workdir = Path(options.workdir).expanduser()
   workdirs.check_workdir(workdir, experiment_name(module))
   chosen_engine = engine(options.launch)
   everyone = arms_of(module, options, overrides)
@@ -122,6 +123,7 @@ def run_all(
   if not missing and not is_stale(plan):
     print(f'all {n} arms are done; nothing to do\n\n{report.summary(plan.workdir, report.latest(plan.workdir))}')
     print(f'\n{plan.workdir / "report.html"}')
+    print_best(plan, options)
     return EXIT_DONE
   about = f'a search for {options.search} trials, so far ' if options.search else ''
   print(f'{plan.name}: {about}{n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
@@ -137,9 +139,13 @@ def run_all(
       code = run_plan(plan, engine, options, train)
     if code in (EXIT_DONE, EXIT_FAILED):
       conclude(plan)
+  print_best(plan, options)
+  return code
+
+
+def print_best(plan: Plan, options: flags.FlagValues) -> None:
   if options.search and (best := search.best(plan.arms, plan.workdir)):
     print(best)
-  return code
 
 
 def run_plan(plan: Plan, engine: Engine, options: flags.FlagValues, train: worker.Train | None) -> int:
@@ -202,20 +208,28 @@ def is_stale(plan: Plan) -> bool:
   recorded = workdirs.read_experiment(plan.workdir)
   if not page.exists() or recorded is None or recorded != plan.experiment():
     return True
-  if callable(getattr(plan.module, 'report', None)) and not recorded.answer:
+  if own_report(plan) and not recorded.answer:
     return True
   done = [arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)]
   ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
   return max(ends, default=0) > page.stat().st_mtime
 
 
+def own_report(plan: Plan) -> Callable[[Sequence[Row]], object] | None:
+  """The experiment's report(rows), if it has one and this launch has all the arms that it is about."""
+  whole = plan.everyone.keys() == {arm.arm_id for arm in plan.arms} and '--sweep=none' not in plan.options
+  return getattr(plan.module, 'report', None) if whole else None
+
+
 def conclude(plan: Plan) -> None:
-  """The experiment's own report(rows), if it has one and all arms are done, and the report around it."""
+  """The experiment's own report of the rows, once all arms are done, and the report around it."""
   rows = report.latest(plan.workdir)
-  answer = ''
+  answer, ask = '', own_report(plan)
+  if not ask and hasattr(plan.module, 'report'):
+    print("the experiment's own report is of a whole sweep, and left out")
   try:
-    if callable(getattr(plan.module, 'report', None)) and all(row.status == 'done' for row in rows):
-      answer = str(plan.module.report(rows))
+    if ask and all(row.status == 'done' for row in rows):
+      answer = str(ask(rows))
   finally:  # also where that has a bug
     with workdirs.writing(plan.workdir):
       workdirs.write_experiment(plan.workdir, plan.experiment()._replace(answer=answer))
@@ -284,6 +298,8 @@ def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
   values.set_gnu_getopt(True)
   stray = values([name, *argv])[1:]
   require(not stray, f'{" ".join(stray)!r}: not a flag; settings are given as {PREFIX}KEY=VALUE')
+  for name in ('sweep', 'only', 'exclude', 'why', 'workdir', 'arm'):  # an unset variable of a shell means nothing
+    require(bool(values[name].value) or not values[name].present, f'--{name}: needs a value')
   return values
 
 

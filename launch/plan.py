@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     return ['python', *start, *self.options, f'--workdir={self.workdir}', f'--arm={",".join(arm_ids)}']
 
   def experiment(self) -> Experiment:
-    """What experiment.json should say of this launch: earlier launches' arms are kept, and so is the answer."""
+    """What experiment.json should say of this launch: earlier launches' arms are kept, the answer if it is to these."""
     before = workdirs.read_experiment(self.workdir) or Experiment(self.name)
     arms = dict(before.arms)
     for arm in self.arms:
@@ -65,10 +65,12 @@ class Plan(NamedTuple):
         'diff': {key: list(values) for key, values in arm.diff.items()},
         'command': self.command(arm.arm_id),
       }
+    latest = tuple(arm.arm_id for arm in self.arms)
     return before._replace(
       question=(self.module.__doc__ or '').strip(),
       baseline=self.baseline,
-      latest=tuple(arm.arm_id for arm in self.arms),
+      answer=before.answer if latest == before.latest else '',
+      latest=latest,
       arms=arms,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm_jax.ablate import compare, report
+from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
 
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     usage = 'usage: python -m launch.report WORKDIR [--all], or two workdirs to compare them'
     require(known, f'{usage}; got: {" ".join(argv) or "nothing"}')
     for workdir in folders:
-      require((workdir / 'arms').is_dir(), f'{workdir}: no arms there; expected the --workdir of an experiment')
+      workdirs.check_arms(workdir)
     everything = '--all' in argv
     if len(folders) == 1:
       print(report.publish(folders[0], everything))

@@ -266,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
     known = len(folders) == 1 and not folders[0].startswith('-')
     require(known, f'usage: python -m launch.status WORKDIR [--watch]; got: {" ".join(argv) or "nothing"}')
     workdir, watch = Path(folders[0]), '--watch' in argv
-    require((workdir / 'arms').is_dir(), f'{workdir}: no arms there; expected the --workdir of an experiment')
+    workdirs.check_arms(workdir)
     require(not watch or sys.stdout.isatty(), '--watch: redraws, which needs a terminal; leave it out')
     if watch:
       _watch(workdir)

@@ -109,12 +109,13 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
   perf.keep_freed_memory()  # this is the first to use the devices
   seen = set()
   try:
-    for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
-      data = dataclasses.replace(config.data, seed=0)
-      key = (data, config.model.vocab_size, config.run, config.train.accumulate)
-      if key not in seen:
-        train.inputs(config, workdir)
-      seen.add(key)
+    with workdirs.writing(workdir):
+      for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
+        data = dataclasses.replace(config.data, seed=0)
+        key = (data, config.model.vocab_size, config.run, config.train.accumulate)
+        if key not in seen:
+          train.inputs(config, workdir)
+        seen.add(key)
   except ConfigError:
     for folder in (workdir / 'data', workdir):  # what a failed attempt may leave
       with contextlib.suppress(OSError):
@@ -124,7 +125,7 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
 
 def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict[str, int]:
   """The exit code of every arm; whatever is raised is shown here, so that other arms can go on."""
-  codes = dict.fromkeys((arm.arm_id for arm in group), EXIT_FAILED)
+  codes: dict[str, int] = {}
   with contextlib.ExitStack() as locks:
     mine: dict[str, Config] = {}
     for arm in group:
@@ -132,6 +133,7 @@ def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict
         distributed.on_main(locks.enter_context, workdirs.lock(workdirs.folder(workdir, arm.arm_id)))
         mine[arm.arm_id] = arm.config
       except ConfigError as error:
+        codes[arm.arm_id] = EXIT_FAILED
         print(f'error: {error}', file=sys.stderr)
     for members in groups(mine):  # of what is left of the group
       if EXIT_PREEMPTED in codes.values():
@@ -141,11 +143,14 @@ def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict
           codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir)
         else:
           codes[members[0]] = (train or _default_train())(mine[members[0]], workdir, members[0])
-      except ConfigError as error:
-        print(f'error: {error}', file=sys.stderr)
-      except Exception:
-        traceback.print_exc()
-  return codes
+      except Exception as error:
+        codes |= dict.fromkeys(members, EXIT_FAILED)
+        if isinstance(error, ConfigError):
+          print(f'error: {error}', file=sys.stderr)
+        else:
+          traceback.print_exc()
+  never_run = EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_FAILED
+  return {arm.arm_id: codes.get(arm.arm_id, never_run) for arm in group}
 
 
 def _train_together() -> Callable[..., dict[str, int]]:

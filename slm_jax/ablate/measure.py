@@ -26,6 +26,7 @@ import numpy as np
 
 from slm_jax import chips, metrics, perf, sharding, train
 from slm_jax import config as configs
+from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.data import batches
 from slm_jax.data.dataset import Dataset
@@ -116,9 +117,10 @@ def measure_all(arms: Iterable[Arm], everyone: Mapping[str, Arm], workdir: Path)
   for arm in arms:
     key = shape_key(arm, everyone)
     if key not in paces:
-      paces[key] = measure(arm, everyone, workdir)
-      here = {machine(): {key: pace._asdict() for key, pace in paces.items()}}
-      write_json(workdir / 'cache' / 'measured.json', {**_read(workdir), **here})
+      with workdirs.writing(workdir):
+        paces[key] = measure(arm, everyone, workdir)
+        here = {machine(): {key: pace._asdict() for key, pace in paces.items()}}
+        write_json(workdir / 'cache' / 'measured.json', {**_read(workdir), **here})
   return paces
 
 

@@ -213,17 +213,17 @@ def _swept(sweep: swept.Swept, ax: 'Axes') -> dict:
   handles, means, xs = {}, [], []
   for i, (label, points) in enumerate(sweep.lines[:MOST_LINES]):
     tint, dash = colour(i)
-    known = [(x, line.loss) for x, line in points if line.loss.n]
+    known = [(float(x), line.loss) for x, line in points if line.loss.n]
     at, losses = [x for x, _ in known], [loss.mean for _, loss in known]
     halves = [loss.half if loss.n > 1 else 0.0 for _, loss in known]
     style: dict[str, Any] = {'color': tint, 'linestyle': dash, 'markerfacecolor': 'none', 'markersize': 4}
     handles[label] = ax.errorbar(at, losses, yerr=halves, marker='o', linewidth=1.4, capsize=2, **style)
     if lowest := swept.best(points):
       ax.plot(lowest[0], lowest[1].mean, 'o', color=tint, markersize=6)
-    if bad := [x for x, line in points if diverged(line)]:
+    if bad := [float(x) for x, line in points if diverged(line)]:
       ax.plot(bad, [0.97] * len(bad), 'x', color=tint, transform=ax.get_xaxis_transform())
     means += losses
-    xs += [x for x, _ in points]
+    xs += [float(x) for x, _ in points]
   if not means:
     return {}
   if min(xs) > 0 and max(xs) >= 8 * min(xs):

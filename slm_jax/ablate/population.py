@@ -168,13 +168,14 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
         for member in members:
           member.open(job, files)
         batch = batches_of(job, seeds, workdir)
-        shape = (len(seeds), per_order)
-        program, needed = compile_program(job, shape, job.place(batch(0)), side_by_side)
-        if needed > memory_limit() and len(arms) > 1:
-          return None
-        state, records = restore(members, program)
-        for member, record in zip(members, records, strict=True):
-          member.start(int(state.step), record, files)
+      # No compilation is interrupted: it would go on in a thread of its own, and crash as the interpreter shuts down.
+      program, needed = compile_program(job, (len(seeds), per_order), job.place(batch(0)), side_by_side)
+      stop.check()
+      if needed > memory_limit() and len(arms) > 1:
+        return None
+      state, records = restore(members, program)
+      for member, record in zip(members, records, strict=True):
+        member.start(int(state.step), record, files)
       state = train(members, program, state, job, batch, stop)
       for member in alive(members):
         member.finish(program.one(state, member.at), workdir)

@@ -95,15 +95,27 @@ def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-  """Rows by arm, repetitions over seeds together. Two different arms of one name (from two launches) stay apart."""
-  by_group: dict[str, list[Row]] = {}
+  """Rows by arm, repetitions over seeds together, one for each seed.
+
+  Arms of two names stay apart, and so do two different arms of one name (from two launches). Where only the parents'
+  seeds tell two rows apart, a second line has the later one, with others of those parents.
+  """
+  by_arm: dict[tuple[str, str], list[list[Row]]] = {}
   for row in rows:
-    by_group.setdefault(row.group, []).append(row)
-  names = [members[0].name for members in by_group.values()]
-  return {
-    name if names.count(name) == 1 else f'{name} ({group[:6]})': members
-    for name, (group, members) in zip(names, by_group.items(), strict=True)
-  }
+    lines = by_arm.setdefault((row.name, row.group), [])
+    free = [line for line in lines if all(other.seeds != row.seeds for other in line)]
+    akin = [line for line in free if any(other.parents == row.parents for other in line)]
+    if free:
+      (akin or free)[0].append(row)
+    else:
+      lines.append([row])
+  names = [name for name, _ in by_arm]
+  found = {}
+  for (name, group), lines in by_arm.items():
+    for line in lines:
+      told = line[0].arm_id if len(lines) > 1 else group
+      found[name if len(lines) == names.count(name) == 1 else f'{name} ({told[:6]})'] = line
+  return found
 
 
 # ------------------------------------------------------------------------------------------------------ results.csv

@@ -68,12 +68,19 @@ def check_workdir(workdir: Path, name: str) -> None:
   require(
     '://' not in str(workdir) and ':/' not in str(workdir), f'--workdir={workdir}: only local folders can be used'
   )
-  require(workdir.is_dir() or not workdir.exists(), f'--workdir={workdir}: is not a folder')
-  found = read_experiment(workdir)
+  with writing(workdir):
+    require(workdir.is_dir() or not workdir.exists(), f'--workdir={workdir}: is not a folder')
+    found = read_experiment(workdir)
   require(
     found is None or found.name == name,
     f'--workdir={workdir}: holds the experiment {found and found.name!r}, this is {name!r}; choose another folder',
   )
+
+
+def check_arms(workdir: Path) -> None:
+  """ConfigError if no experiment was ever launched there."""
+  with writing(workdir):
+    require((workdir / 'arms').is_dir(), f'{workdir}: no arms there; expected the --workdir of an experiment')
 
 
 @contextlib.contextmanager
@@ -99,7 +106,7 @@ def lock(where: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(where: Path) -> Iterator[None]:
-  """Turns the system's refusal to write (disk full, no permission) into one line."""
+  """Turns the system's refusal (disk full, no permission) into one line."""
   try:
     yield
   except OSError as error:

@@ -1,6 +1,7 @@
 """Populations are the same arms, only faster: equal to the arms alone, each with its own files, stop and resume."""
 
 import json
+import os
 import signal
 
 import jax
@@ -178,6 +179,22 @@ def test_fifty_steps_of_a_population_equal_fifty_steps_alone(side_by_side):
       states[i], alone = one(state, batches[i // 3], frozen)
       np.testing.assert_allclose(measured['total'][divmod(i, 3)], alone['total'], rtol=0, atol=1e-5)
   assert together.step == 50
+
+
+def test_asked_to_stop_while_it_compiles_it_stops_after_that(root, tmp_path, monkeypatch):
+  """An interrupted compilation goes on in a thread, which crashes with the interpreter."""
+  workdir, arms, real = copy(root, tmp_path), sweep(), population.compile_program
+  compiled = []
+
+  def compile_program(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    compiled.append(real(*given))
+    return compiled[-1]
+
+  monkeypatch.setattr(population, 'compile_program', compile_program)
+  monkeypatch.setattr(population, 'restore', None)
+  assert population.run(arms, workdir) == dict.fromkeys(arms, 42)
+  assert len(compiled) == 1
 
 
 def test_split_where_memory_is_short(tmp_path, monkeypatch):

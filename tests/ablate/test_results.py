@@ -66,6 +66,36 @@ def test_groups_join_seeds_and_keep_arms_of_one_name_apart(tmp_path):
   assert len({name.split(' (')[0] for name in groups}) == 3
 
 
+def test_no_run_hides_another_of_the_same_seed(tmp_path):
+  teachers = [{'name': f'teacher {i}', 'model.n_layers': 4, 'seed': i, 'data.seed': i} for i in (0, 1)]
+  students = [
+    {'name': name, 'transforms': (Distill(f'teacher {i}'),)} for i, name in enumerate(['kd', 'kd of another'])
+  ]
+  launched(tmp_path, [*teachers, *product(students, seeds(2))])
+  found = results.groups(results.read(tmp_path))
+  assert {name: len(rows) for name, rows in found.items()} == {
+    'teacher 0': 1,
+    'teacher 1': 1,
+    'kd': 2,
+    'kd of another': 2,
+  }
+  assert [line.loss.n for line in table.lines(results.read(tmp_path), 'kd')] == [1, 1, 2, 2]
+
+
+def test_of_one_name_and_seed_but_parents_of_two_seeds_there_are_two_lines(tmp_path):
+  for seed in (0, 1):
+    teacher = {**METHODS[0], 'seed': seed, 'data.seed': seed}
+    launched(tmp_path, [teacher, *product(METHODS[2:], seeds(2))])
+  rows = results.read(tmp_path)
+  found = results.groups(rows)
+  assert [len(members) for members in found.values()] == [2, 2, 2]
+  assert [len({row.parents for row in members}) for members in found.values()] == [1, 1, 1]
+  assert [len({row.seeds for row in members}) for members in found.values()] == [2, 2, 2]
+  assert [name.split(' (')[0] for name in found] == ['teacher', 'distilled', 'distilled']
+  ordinary = [row for row in rows if row.name != 'distilled' or row.seeds[0] == int(row.parents == rows[-1].parents)]
+  assert len(results.groups(ordinary)['distilled']) == 2  # one for each seed, each of its own teacher
+
+
 def test_every_status_is_told(tmp_path):
   train = FakeTrain(LOSSES, teacher=1, scratch=RuntimeError('a bug'))
   launched(tmp_path, sweep=[*METHODS, {'name': 'fine', 'train.steps': 7}], train=train)

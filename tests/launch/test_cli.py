@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from fakes import FakeTrain, experiment
 
 import launch.cli
@@ -78,6 +79,9 @@ def tree(path: Path) -> dict:
     (['--sweep=lr', '--workdir=a_file'], ['--workdir=a_file', 'not a folder']),
     (['--sweep=lr', '--workdir=of_another'], ['--workdir=of_another', "'another'", "'tiny'"]),
     (['--sweep=lr', '--workdir=a_file/below'], ['a_file']),
+    (['--sweep=lr', '--workdir='], ['--workdir: needs a value']),
+    (['--sweep=lr', '--only='], ['--only: needs a value']),
+    (['--sweep=lr', '--arm='], ['--arm: needs a value']),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
@@ -94,6 +98,23 @@ def test_bad_input_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
     assert word in error
   assert tree(tmp_path) == before
   assert train.called == []
+
+
+@pytest.mark.parametrize('where', ['/proc/nowhere', 'a_file/below'])
+@pytest.mark.parametrize('more', [(), ('--local_workers=2',), ('--dry_run', '--measure')])
+def test_a_place_that_cannot_be_written_is_one_line(start, tmp_path, where, more):
+  (tmp_path / 'a_file').touch()
+  module = experiment(base=tiny.config(), sweep=[{'name': 'a'}, {'name': 'b', 'seed': 1}])
+  code, _, error = start(module, f'--workdir={where}', *more)  # what really trains
+  assert code == 1
+  assert error.startswith(f'error: {where}')
+  assert error.count('\n') == 1
+
+
+def test_home_is_where_it_is_in_a_shell(start, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  assert start(experiment(sweep=LR), '--workdir=~/runs', train=FakeTrain())[0] == 0
+  assert [p.name for p in tmp_path.iterdir()] == ['home']
 
 
 def test_an_arm_whose_parent_is_missing_is_refused(start, tmp_path):
@@ -256,6 +277,34 @@ def test_a_bug_in_those_words_loses_nothing(start, tmp_path):
   assert (tmp_path / 'runs/tiny/report.html').exists()
   module.report = lambda rows: 'mended'
   assert 'mended' in start(module)[1]
+
+
+def test_an_answer_is_to_the_arms_of_its_own_launch(start, tmp_path):
+  module = experiment(sweep=METHODS, report=lambda rows: f'of {rows[0].config["train.steps"]} steps')
+  assert 'of 9 steps' in start(module, '--config.train.steps=9', train=FakeTrain())[1]
+  # The next launch is cut off after its arms, and its report is made by another command.
+  monkey = FakeTrain(scratch=42)
+  assert start(module, '--config.train.steps=7', train=monkey)[0] == 42
+  ids = [arm.arm_id for arm in expand(module, None, {'train.steps': '7'})]
+  assert start(module, '--config.train.steps=7', f'--arm={",".join(ids)}', train=FakeTrain())[0] == 0
+  assert report_command.main(['runs/tiny']) == 0
+  assert 'of 9 steps' not in (tmp_path / 'runs/tiny/report.html').read_text()
+  out = start(module, '--config.train.steps=7')[1]
+  assert 'of 7 steps' in out
+  assert 'of 9 steps' not in out
+
+
+@pytest.mark.parametrize('part', ['--only=scratch', '--limit=1', '--sweep=none'])
+def test_a_part_of_the_sweep_is_reported_without_the_experiments_words(start, tmp_path, part):
+  module = experiment(sweep=METHODS, report=lambda rows: {row.name: row for row in rows}['distilled'].name)
+  code, out, error = start(module, part, train=FakeTrain())
+  assert (code, error) == (0, '')
+  assert "the experiment's own report is of a whole sweep, and left out" in out
+  before = tree(tmp_path)
+  code, out, _ = start(module, part)
+  assert code == 0
+  assert 'nothing to do' in out
+  assert tree(tmp_path) == before
 
 
 def test_an_arm_can_be_run_by_itself_with_the_command_that_is_shown(start, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeTrain, arms_of, experiment
 
+from launch import worker
 from launch.worker import run_arms
 from slm_jax.ablate import workdir
 from slm_jax.config import ConfigError
@@ -45,6 +46,16 @@ def test_all_arms_run_once_in_order(arms, tmp_path):
   assert lines[1] == f'[1/4] a, seed 0 ({arms[0].arm_id}): done, loss 1.5, gap 0.4, seconds 3'
   assert run(arms, tmp_path, train)[0] == 0
   assert len(train.called) == 4
+
+
+def test_of_a_group_that_is_stopped_nobody_has_failed_who_never_ran(tmp_path, monkeypatch):
+  arms = arms_of(experiment(sweep=[{'name': name, 'seed': i} for i, name in enumerate('abc')]))
+  codes = {arms[0].arm_id: 0, arms[1].arm_id: 42}  # and nothing of the third
+  monkeypatch.setattr(worker, '_population', lambda ready: arms)
+  monkeypatch.setattr(worker, '_train_together', lambda: lambda members, workdir: codes)
+  code, lines = run(arms, tmp_path, None)
+  assert code == 42
+  assert not any('failed' in line for line in lines)
 
 
 @pytest.mark.parametrize('outcome', [1, RuntimeError('a bug'), ConfigError('no such file')])
