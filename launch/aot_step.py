@@ -55,7 +55,7 @@ class Facts(NamedTuple):
     """Seconds below which a step cannot go, by what it would be waiting for; the peaks are the published ones."""
     ici, dcn = (sum(c.sent[i] for c in self.collectives) for i in (0, 1))
     return {
-      'compute': self.flops / self.chips / perf.PEAK[chip.kinds[0]],
+      'compute': self.flops / self.chips / perf.published_peak(chip.kinds[0]),
       'memory': self.traffic / chip.bandwidth,
       'ICI': ici / chip.ici,
       'network': dcn / chip.dcn if chip.dcn else 0.0,
@@ -68,7 +68,7 @@ class Facts(NamedTuple):
 
   def mfu(self, chip: Chip) -> float:
     """The most that the bound allows: model FLOPs over what the chips could do in that time."""
-    return self.model_flops / (self.bound(chip)[0] * self.chips * perf.PEAK[chip.kinds[0]])
+    return self.model_flops / (self.bound(chip)[0] * self.chips * perf.published_peak(chip.kinds[0]))
 
 
 def facts(

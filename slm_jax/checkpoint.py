@@ -83,7 +83,12 @@ class Checkpoints:
   def save(self, step: int, state: Any, record: dict[str, Any], loss: float | None) -> None:
     """Starts writing `state`; training goes on meanwhile. `record` is JSON; `loss` (of an evaluation) ranks 'best'."""
     if step in self.steps():
-      return
+      if loss is None:
+        return
+      self._manager.wait_until_finished()
+      if distributed.on_main(lambda: bool(self._manager.metrics(step))):
+        return
+      self._manager.delete(step)  # written when its evaluation was interrupted: it may be the best, and be lost as such
     record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
     with disk_errors(self._folder):

@@ -192,9 +192,9 @@ def gradient(
 
     def body(carry, part):
       terms, grads = of_all(part)
-      return (add(carry[0], terms), jax.tree.map(jnp.add, carry[1], grads)), None
+      return (add(carry[0], terms), jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), carry[1], grads)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_all, first))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(of_all, first))
     (terms, grads), _ = jax.lax.scan(body, zeros, slices)
   return terms, grads if groups == 1 else jax.tree.map(lambda g: g.sum(0), grads)
 

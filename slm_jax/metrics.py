@@ -1,19 +1,26 @@
 """metrics.jsonl, one JSON object a line, is the truth; TensorBoard and W&B are sinks that may fail."""
 
+import importlib.util
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slm_jax import distributed
-from slm_jax.config import ConfigError, to_dict, to_install
+from slm_jax.config import require, to_dict, to_install
 from slm_jax.files import write_text
 
-Sink = Callable[[int, str, Mapping[str, float]], None]  # (step, kind, values)
 FORMAT = 1  # of what a run leaves (run.json, metrics.jsonl); a number that run.json holds
+
+
+class Sink(NamedTuple):
+  """Where records go as well."""
+
+  write: Callable[[int, str, Mapping[str, float]], Any]  # (step, kind, values)
+  close: Callable[[], Any] = lambda: None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -51,15 +58,19 @@ class MetricLog:
     self._file.flush()
     if kind == 'eval':
       self.evaluated[step] = record
-    for sink in list(self._sinks):
-      try:
-        sink(step, kind, values)
-      except Exception as error:  # a tracker never stops a run
-        self._sinks.remove(sink)
-        self._warn(f'a metrics sink failed and is switched off: {error}')
+    self._to_all(lambda sink: sink.write(step, kind, values))
 
   def close(self) -> None:
     self._file.close()
+    self._to_all(lambda sink: sink.close())
+
+  def _to_all(self, tell: Callable[[Sink], Any]) -> None:
+    for sink in list(self._sinks):
+      try:
+        tell(sink)
+      except Exception as error:  # a tracker never stops a run
+        self._sinks.remove(sink)
+        self._warn(f'a metrics sink failed and is switched off: {error}')
 
 
 def _cut_back(path: Path, step: int) -> tuple[list[dict[str, Any]], float, float]:
@@ -71,15 +82,28 @@ def _cut_back(path: Path, step: int) -> tuple[list[dict[str, Any]], float, float
   return [line for line in kept if line['kind'] == 'eval'], lines[-1].get('seconds') or 0.0 if lines else 0.0, age
 
 
-def sinks(config: Any, folder: Path, arm_id: str) -> tuple[Sink, ...]:
-  """The sinks that `config.run` asks for."""
+def check_sinks(run: Any) -> None:
+  """ConfigError if the package of a sink that `config.run` asks for is not there."""
+  for name, package in (('tensorboard', 'tensorboardX'), ('wandb', 'wandb')):
+    missing = getattr(run, name) and importlib.util.find_spec(package) is None
+    require(not missing, f'run.{name}=True: needs the extra: {to_install(name)}')
+
+
+def sinks(config: Any, folder: Path, arm_id: str, warn: Callable[[str], None]) -> tuple[Sink, ...]:
+  """The sinks that `config.run` asks for; without those that cannot be opened now, about which it warns."""
   found: list[Sink] = []
+  asked = {
+    'tensorboard': lambda: tensorboard(folder / 'tensorboard'),
+    'wandb': lambda: wandb(folder, arm_id, config.name, to_dict(config)),
+  }
 
   def add() -> None:
-    if config.run.tensorboard:
-      found.append(tensorboard(folder / 'tensorboard'))
-    if config.run.wandb:
-      found.append(wandb(folder, arm_id, config.name, to_dict(config)))
+    for name, sink in asked.items():
+      try:
+        if getattr(config.run, name):
+          found.append(sink())
+      except Exception as error:  # no key, no network, no room
+        warn(f'run.{name}: goes without, since it failed to start: {" ".join(str(error).split())[:200]}')
 
   distributed.on_main(add)
   return tuple(found)
@@ -87,26 +111,27 @@ def sinks(config: Any, folder: Path, arm_id: str) -> tuple[Sink, ...]:
 
 def tensorboard(folder: Path) -> Sink:
   """Event files for TensorBoard (extra `tensorboard`)."""
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError:
-    raise ConfigError(f'run.tensorboard=True: needs the extra: {to_install("tensorboard")}') from None
+  from tensorboardX import SummaryWriter
 
   writer = SummaryWriter(str(folder), flush_secs=1)  # by default it keeps events back for two minutes
 
-  def sink(step, kind, values):
+  def write(step, kind, values):
     for name, value in values.items():
       writer.add_scalar(f'{kind}/{name}', value, step)
 
-  return sink
+  return Sink(write, writer.close)
 
 
 def wandb(folder: Path, arm_id: str, name: str, config: Mapping[str, Any]) -> Sink:
   """Weights & Biases (extra `wandb`); set WANDB_MODE=offline where there is no network."""
-  try:
-    import wandb as client
-  except ImportError:
-    raise ConfigError(f'run.wandb=True: needs the extra: {to_install("wandb")}') from None
+  import wandb as client
 
-  run = client.init(dir=str(folder), id=arm_id, name=name or arm_id, resume='allow', config=dict(config))
-  return lambda step, kind, values: run.log({f'{kind}/{k}': v for k, v in values.items()}, step=step)
+  run = client.init(
+    dir=str(folder),
+    id=arm_id,
+    name=name or arm_id,
+    resume='allow',
+    config=dict(config),
+    reinit='create_new',  # arms of one process, one after another or at once, are runs of their own
+  )
+  return Sink(lambda step, kind, values: run.log({f'{kind}/{k}': v for k, v in values.items()}, step=step), run.finish)

@@ -16,6 +16,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from slm_jax.config import require
 from slm_jax.revision import source
 
 # Dense bfloat16 peak, FLOP/s a chip, as published by the vendors.
@@ -41,7 +42,14 @@ def peak_flops() -> tuple[float, str]:
   if kind in PEAK:
     return PEAK[kind] * len(devices), f'published bfloat16 peak of {kind}'
   # The fake devices of one CPU share its cores, so their number does not enter.
-  return measured_matmul() * jax.process_count(), 'measured float32 matmul of this machine'
+  count = jax.process_count() if devices[0].platform == 'cpu' else len(devices)
+  return measured_matmul() * count, 'measured float32 matmul of this machine'
+
+
+def published_peak(kind: str) -> float:
+  """FLOP/s of one chip; ConfigError if nobody wrote it down."""
+  require(kind in PEAK, f'{kind}: no published peak is known; add it to PEAK in slm_jax/perf.py, beside chips.toml')
+  return PEAK[kind]
 
 
 @functools.cache

@@ -183,7 +183,8 @@ def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules | None = None) -> A
 
   axes: the model's logical axes, a tree like its parameters. An array belongs to a parameter if its path in `tree` ends
   with the parameter's path and it has as many axes: moments, masks, averages and the parameters themselves do. All
-  other arrays (counters, keys, factored statistics) are replicated. rules: RULES unless given.
+  other arrays (counters, keys, factored statistics, and a single number in place of one) are replicated. rules: RULES
+  unless given.
   """
   table = {_names(path): value for path, value in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)}
 
@@ -191,7 +192,7 @@ def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules | None = None) -> A
     names = _names(path)
     for start in range(len(names)):
       logical = table.get(names[start:])
-      if logical is not None and len(logical) == len(leaf.shape):
+      if logical is not None and len(logical) == len(leaf.shape) and math.prod(leaf.shape) > 1:
         return NamedSharding(mesh, spec(logical, leaf.shape, mesh, '.'.join(map(str, names[start:])), rules))
     return replicated(mesh)
 

@@ -93,6 +93,7 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
 
 def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
   """Data and devices. What is wrong with them shows here; a launcher calls this before it writes anything of an arm."""
+  metrics.check_sinks(config.run)
   mesh = sharding.make_mesh(config.run.data_parallel, config.run.fsdp, config.run.tensor)
   sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
   dataset = distributed.main_first(
@@ -262,7 +263,7 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
     # ---- where were we?
     state, record = checkpoints.latest(job.abstract) or (job.fresh(config), {})
     step = int(state.step)
-    sinks = metrics.sinks(config, job.folder, arm_id)
+    sinks = metrics.sinks(config, job.folder, arm_id, logging.warning)
     log = metrics.MetricLog(job.folder / 'metrics.jsonl', step, sinks, logging.warning)
     ledger = Ledger(log, config, job.flops, step, record, starting=time.perf_counter() - job.began)
     trace = observe.Trace(job.folder / 'profile', config.run.profile)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from slm_jax import chips
+from slm_jax.ablate import cost
 from slm_jax.config import ConfigError, check, override
 from slm_jax.experiment import Config
 from slm_jax.perf import PEAK
@@ -61,6 +62,17 @@ def test_a_broken_edit_is_one_line(tmp_path, monkeypatch, text):
   with pytest.raises(ConfigError, match=f'{path}: cannot be read') as error:
     chips.table()
   assert '\n' not in str(error.value)
+
+
+def test_a_chip_that_was_added_without_a_peak_is_one_line(tmp_path, monkeypatch):
+  text = chips.TABLE.read_text()
+  start = text.index('[v5e]')
+  section = text[start : text.index('\n[', start)].replace('[v5e]', '[l4]')
+  path = tmp_path / 'chips.toml'
+  path.write_text(text + '\n' + re.sub(r'kinds = .*', 'kinds = ["NVIDIA L4"]', section))
+  monkeypatch.setattr(chips, 'TABLE', path)
+  with pytest.raises(ConfigError, match='NVIDIA L4: no published peak is known; add it to PEAK in slm_jax/perf.py'):
+    cost.device('l4')
 
 
 def test_the_fakes_of_one_cpu_are_one_machine():

@@ -73,6 +73,20 @@ def test_terms_add_up_over_any_partition():
     assert whole[name].count == parts[name].count
 
 
+def test_gradients_of_many_parts_are_added_up_in_float32():
+  """In bfloat16, which has 8 bits, 256 parts would lose a part of what each adds."""
+  x = jax.random.uniform(jax.random.PRNGKey(0), (256, 1), minval=0.5, maxval=1.5)
+  w = jnp.ones((1, 4), jnp.bfloat16)
+
+  def terms_of(w, part):
+    return {'loss': Term((part['x'] @ w.astype(jnp.float32)).sum(), jnp.float32(part['x'].size))}
+
+  _, whole = losses.gradient(terms_of, w, {'x': x})
+  _, parts = losses.gradient(terms_of, w, {'x': x}, parts=256)
+  np.testing.assert_allclose(parts, np.full((1, 4), x.mean()), rtol=2e-3)
+  np.testing.assert_allclose(whole.astype(jnp.float32), parts, rtol=5e-3)
+
+
 def test_an_empty_batch_has_a_finite_loss_and_no_gradient():
   hidden, head, batch = problem(2, 4, 8, 20)
   batch['mask'] = jnp.zeros_like(batch['mask'])

@@ -1,13 +1,19 @@
 """metrics.jsonl: flushed line by line, exact after a restart, never at the mercy of a sink."""
 
+import importlib.machinery
+import importlib.util
 import json
 import math
+import sys
 import time
+import types
 
 import pytest
 
 from slm_jax import metrics
 from slm_jax.config import ConfigError
+from slm_jax.experiment import Config, RunConfig
+from slm_jax.metrics import Sink
 
 
 def open_log(path, step=0, sinks=()):
@@ -48,7 +54,7 @@ def test_a_failing_sink_is_switched_off_and_the_others_go_on(tmp_path):
   def fails(step, kind, values):
     raise ConnectionError('no network')
 
-  log, warnings = open_log(tmp_path / 'metrics.jsonl', sinks=(fails, lambda *args: seen.append(args)))
+  log, warnings = open_log(tmp_path / 'metrics.jsonl', sinks=(Sink(fails), Sink(lambda *args: seen.append(args))))
   log.write(1, 'train', {'loss': 1.0})
   log.write(2, 'train', {'loss': 2.0})
   assert len(warnings) == 1
@@ -69,9 +75,58 @@ def test_tensorboard_writes_events(tmp_path):
   assert b'train/loss' in event_file.read_bytes()
 
 
-def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch):
-  import sys
+class Tracker(types.ModuleType):
+  """Stands in for W&B, which has one active run, unless a new one is asked for."""
 
-  monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(ConfigError, match=r"pip install '\.\[wandb\]' in the project's folder"):
-    metrics.wandb(tmp_path, 'id', 'name', {})
+  def __init__(self, fault: Exception | None = None):
+    super().__init__('wandb')
+    self.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    self.runs, self.active, self.fault = {}, None, fault
+
+  def init(self, id, reinit=None, **more):
+    if self.fault:
+      raise self.fault
+    if reinit == 'create_new' or self.active is None:
+      self.active = types.SimpleNamespace(
+        log=lambda values, step: self.runs[id].append(step), finish=lambda: self.runs[id].append('finished')
+      )
+      self.runs[id] = []
+    return self.active
+
+
+def logged_by(tmp_path, arm_id, warnings):
+  config = Config(name=arm_id, run=RunConfig(wandb=True))
+  sinks = metrics.sinks(config, tmp_path, arm_id, warnings.append)
+  return metrics.MetricLog(tmp_path / f'{arm_id}.jsonl', 0, sinks, warnings.append)
+
+
+def test_each_arm_of_a_process_is_a_run_of_its_own(tmp_path, monkeypatch):
+  """One after another, and two at once as in a population."""
+  tracker, warnings = Tracker(), []
+  monkeypatch.setitem(sys.modules, 'wandb', tracker)
+  a, b = (logged_by(tmp_path, arm_id, warnings) for arm_id in 'ab')
+  for step in (1, 2):
+    a.write(step, 'train', {'loss': 1.0})
+    b.write(step, 'train', {'loss': 2.0})
+  a.close()
+  b.close()
+  assert tracker.runs == {'a': [1, 2, 'finished'], 'b': [1, 2, 'finished']}
+  assert warnings == []
+
+
+def test_a_tracker_that_does_not_start_stops_no_run(tmp_path, monkeypatch):
+  warnings = []
+  monkeypatch.setitem(sys.modules, 'wandb', Tracker(ConnectionError('no\nnetwork')))
+  log = logged_by(tmp_path, 'a', warnings)
+  log.write(1, 'train', {'loss': 1.0})
+  log.close()
+  assert warnings == ['run.wandb: goes without, since it failed to start: no network']
+  assert len(list(metrics.read(tmp_path / 'a.jsonl'))) == 1
+
+
+@pytest.mark.parametrize('name, package', [('wandb', 'wandb'), ('tensorboard', 'tensorboardX')])
+def test_a_sink_that_is_not_installed_names_its_extra(monkeypatch, name, package):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else name)
+  metrics.check_sinks(RunConfig())
+  with pytest.raises(ConfigError, match=rf"run.{name}=True: .*pip install '\.\[{name}\]' in the project's folder"):
+    metrics.check_sinks(RunConfig(**{name: True}))

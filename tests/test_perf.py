@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from slm_jax import perf
 from slm_jax.ablate import measure
 from slm_jax.distill.logits import Distill
 from slm_jax.ema import Ema
@@ -100,3 +101,14 @@ def test_a_teacher_counts_and_masks_save_nothing():
   assert with_teacher == pytest.approx(model * 4 / 3)
   assert executed == pytest.approx(plain + model / 3 + HIDDEN / 3)
   assert step_flops(transforms=(Prune(0.9), Ema(0.9)))[0] == pytest.approx(plain)
+
+
+def test_the_peak_of_a_gpu_that_nobody_knows_is_that_of_all_of_them(monkeypatch):
+  monkeypatch.setattr(perf, 'measured_matmul', lambda: 1e12)
+  assert perf.peak_flops()[0] == 1e12  # of eight fake devices on one CPU
+
+  class Unknown:
+    device_kind, platform = 'NVIDIA L4', 'gpu'
+
+  monkeypatch.setattr(jax, 'devices', lambda: [Unknown()] * 8)
+  assert perf.peak_flops()[0] == 8e12

@@ -125,6 +125,21 @@ def test_sigterm_in_every_phase_saves_and_exits_42(phase, uninterrupted, tmp_pat
   assert results(workdir) == results(uninterrupted)
 
 
+def test_the_best_is_kept_whose_evaluation_was_interrupted(tmp_path):
+  """It was saved without a loss then, and is saved again with one; what has a loss is not written twice."""
+  with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
+    checkpoints.save(1, {'x': jnp.zeros(3)}, {}, 2.0)
+    checkpoints.save(2, {'x': jnp.ones(3)}, {}, None)
+  with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
+    checkpoints.save(2, {'x': jnp.ones(3)}, {'again': 1}, 1.0)
+    checkpoints.save(2, {'x': jnp.ones(3)}, {'again': 2}, 0.5)
+    for step in (3, 4):
+      checkpoints.save(step, {'x': jnp.ones(3)}, {}, 3.0)
+  with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
+    assert checkpoints.steps() == [2, 4]
+    assert checkpoints.read(2, {'x': jnp.zeros(3)})[1]['again'] == 1
+
+
 def test_sigterm_while_the_finished_model_is_written_lets_it_finish(uninterrupted, tmp_path, monkeypatch):
   workdir = seeded(uninterrupted, tmp_path)
   with monkeypatch.context() as patch:

@@ -92,6 +92,28 @@ def test_accumulation_on_a_mesh(one_device):
   np.testing.assert_allclose(ours, one_device, rtol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize('name', ['muon', 'adafactor'])
+def test_every_optimisers_state_lies_somewhere(name, shape):
+  """Adafactor's, too, which has a single number where a parameter is not factored."""
+  optim = optimizer(OptimConfig(name, learning_rate=1e-2, warmup=1), 10)
+  mesh = sharding.make_mesh(*shape)
+
+  def fresh():
+    return init_state(jax.random.PRNGKey(1), MODEL.init(jax.random.PRNGKey(0)), optim)
+
+  def loss(mesh):
+    layout = layout_of(jax.eval_shape(fresh), decoder.logical_axes(CONFIG), mesh)
+    state = jax.jit(fresh, out_shardings=layout)()
+    model = decoder.build(CONFIG, sharding.devices(mesh, grouped=True))
+    step = jax.jit(make_step(model, optim, **sharding.groups(mesh)), out_shardings=(layout, None))
+    for i in range(3):
+      state, measured = step(state, sharding.placer(mesh)(batch(i)), {})
+    return float(measured['loss'])
+
+  assert loss(mesh) == pytest.approx(loss(sharding.make_mesh(devices=jax.devices()[:1])), rel=1e-5)
+
+
 def test_moments_masks_and_averages_lie_like_their_parameters():
   mesh = sharding.make_mesh(1, 4, 2)
   _, state = losses(mesh, steps=1)

@@ -63,7 +63,9 @@ def device(name: str = '', count: int = 1) -> Device:
     peak, source = perf.peak_flops()
     return Device(kind, chips.count(kind, len(devices), jax.process_count()), peak, source, here=True)
   kind = chips.table()[name].kinds[0]
-  return Device(kind, count, perf.PEAK[kind] * count, f'published bfloat16 peak of {count} x {name}', here=False)
+  return Device(
+    kind, count, perf.published_peak(kind) * count, f'published bfloat16 peak of {count} x {name}', here=False
+  )
 
 
 def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> tuple[int, float]:

@@ -52,7 +52,7 @@ class Member:
     )
 
   def start(self, step: int, remembered: Mapping[str, Any], files: contextlib.ExitStack) -> None:
-    sinks = metrics.sinks(self.config, self.folder, self.arm_id)
+    sinks = metrics.sinks(self.config, self.folder, self.arm_id, logging.warning)
     self.log = metrics.MetricLog(self.folder / 'metrics.jsonl', step, sinks, logging.warning)
     files.callback(self.log.close)
     starting = time.perf_counter() - self.job.began

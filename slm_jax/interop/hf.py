@@ -44,6 +44,10 @@ class _Settings(dict):
   def __missing__(self, key: str) -> Any:
     raise ConfigError(f'{self.get("model_type")} config: key {key!r} is missing')
 
+  def within(self, part: Mapping[str, Any]) -> '_Settings':
+    """A part of it that is a mapping, which says so too."""
+    return _Settings({**part, 'model_type': self['model_type']})
+
   def only(self, key: str, *allowed: Any) -> None:
     """The first allowed value is the default."""
     value = self.get(key, allowed[0])
@@ -89,10 +93,13 @@ def _gemma3(hf: _Settings) -> ModelConfig:
   hf.only('attention_bias', False)
   hf.only('attn_logit_softcapping', None)
   hf.only('use_bidirectional_attention', False, None)
-  both = hf.get('rope_parameters') or {
-    'full_attention': {'rope_theta': hf.get('rope_theta', 1_000_000.0), **(hf.get('rope_scaling') or {})},
-    'sliding_attention': {'rope_theta': hf.get('rope_local_base_freq', 10_000.0)},
-  }
+  both = hf.within(
+    hf.get('rope_parameters')
+    or {
+      'full_attention': {'rope_theta': hf.get('rope_theta', 1_000_000.0), **(hf.get('rope_scaling') or {})},
+      'sliding_attention': {'rope_theta': hf.get('rope_local_base_freq', 10_000.0)},
+    }
+  )
   local_theta, local_scaling = _rope(hf, both['sliding_attention'])
   require(not local_scaling, 'gemma3_text config: rope scaling of sliding_attention is not supported; allowed: none')
   window, every = _pattern(hf)
@@ -105,7 +112,7 @@ def _gemma3(hf: _Settings) -> ModelConfig:
     'rope_local_theta': local_theta,
     'window': window,
     'global_every': every,
-    'attn_scale': hf.get('query_pre_attn_scalar', 256) ** -0.5,
+    'attn_scale': (hf.get('query_pre_attn_scalar') or 256) ** -0.5,
     'embed_scale': hf['hidden_size'] ** 0.5,
     'softcap': hf.get('final_logit_softcapping') or 0.0,
     'tied': hf.get('tie_word_embeddings', True),
@@ -140,6 +147,7 @@ def _gpt2(hf: _Settings) -> ModelConfig:
 
 def _rope(hf: _Settings, rope: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
   """(theta, Llama 3's scaling or none) of one `rope_parameters`; old files say `type` for `rope_type`."""
+  rope = hf.within(rope)
   kind = rope.get('rope_type', rope.get('type', 'default'))
   require(rope.get('partial_rotary_factor', 1.0) == 1.0, f'{hf["model_type"]} config: partial_rotary_factor must be 1')
   if kind == 'default':

@@ -82,6 +82,8 @@ def unsuited(kernel: Kernel, config: ModelConfig, devices: Devices | None, b: in
     return f'model.n_kv_heads={config.n_kv_heads} does not split over {heads} devices'
   if kernel == 'splash':
     return ''
+  if devices and devices.platform != 'gpu':
+    return f'cuDNN needs a GPU, and the device is a {devices.platform}'
   widest = devices.widest if devices else 256
   if config.dtype != 'bfloat16':
     return f'cuDNN needs model.dtype=bfloat16, not {config.dtype}'

@@ -258,3 +258,9 @@ def test_what_a_mesh_cannot_split_falls_back_and_is_an_error_if_asked_for():
 def test_what_was_asked_for_and_cannot_be_is_one_line(changes, message):
   with pytest.raises(ConfigError, match=message):
     choose(model(**changes, attention='cudnn'), None, 2, 64)
+
+
+@pytest.mark.parametrize('devices', [CPU, TPU])
+def test_cudnn_is_of_gpus_only(devices):
+  with pytest.raises(ConfigError, match='cuDNN needs a GPU, and the device is a [ct]pu; allowed: auto, reference'):
+    choose(model(dtype='bfloat16', attention='cudnn'), devices, 2, 64)
