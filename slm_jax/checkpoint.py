@@ -6,6 +6,7 @@ used. Nothing is pickled.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ FORMAT = 1
 # Where devices hold the same array, orbax has each of them write a share of it, which a small program cuts out, one for
 # every shape there is: the first checkpoint of a small model on eight devices took 3.9 s, and 1.1 s without.
 SHARE = 16 << 20  # bytes, from which on the work of writing is shared
+UNRANKED = {'loss': math.inf}  # of a checkpoint that no evaluation goes with: never the best
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
@@ -56,6 +58,8 @@ class Checkpoints:
       item_handlers={'state': _arrays(), 'record': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
+        best_fn=lambda m: m['loss'],  # without it losses are not written down, and the best is lost with the process
+        best_mode='min',
         preservation_policy=policies.AnyPreservationPolicy(
           [
             policies.LatestN(keep),
@@ -86,13 +90,13 @@ class Checkpoints:
       if loss is None:
         return
       self._manager.wait_until_finished()
-      if distributed.on_main(lambda: bool(self._manager.metrics(step))):
+      if distributed.on_main(lambda: (self._manager.metrics(step) or UNRANKED)['loss'] < math.inf):
         return
       self._manager.delete(step)  # written when its evaluation was interrupted: it may be the best, and be lost as such
     record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
     with disk_errors(self._folder):
-      self._manager.save(step, args=items, metrics=None if loss is None else {'loss': loss})
+      self._manager.save(step, args=items, metrics=UNRANKED if loss is None else {'loss': loss})
 
   def latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest intact checkpoint as `(state, record)` on the shardings of `abstract`; None if there is none."""

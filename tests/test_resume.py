@@ -125,6 +125,16 @@ def test_sigterm_in_every_phase_saves_and_exits_42(phase, uninterrupted, tmp_pat
   assert results(workdir) == results(uninterrupted)
 
 
+def test_the_best_is_known_to_the_next_process(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
+    for step, loss in ((1, 2.0), (2, 1.0), (3, None)):
+      checkpoints.save(step, {'x': jnp.zeros(3)}, {}, loss)
+  with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
+    for step, loss in ((4, 3.0), (5, None), (6, 3.0)):
+      checkpoints.save(step, {'x': jnp.zeros(3)}, {}, loss)
+  assert checkpoint.saved(tmp_path) == [2, 6]
+
+
 def test_the_best_is_kept_whose_evaluation_was_interrupted(tmp_path):
   """It was saved without a loss then, and is saved again with one; what has a loss is not written twice."""
   with checkpoint.Checkpoints(tmp_path, 1, print) as checkpoints:
