@@ -77,12 +77,19 @@ def devices(mesh: Mesh, mapped: bool = False, grouped: bool = False) -> Devices:
   rows = tuple(axis for axis in _axes(RULES['batch']) if not (grouped and axis in REPLICAS))
   if not (heads is None or isinstance(heads, str)) or heads != RULES.get('kv_heads'):
     raise ConfigError(f'sharding.RULES: heads={heads!r}, kv_heads={RULES.get("kv_heads")!r}: must be one mesh axis')
-  hopper = float(getattr(first, 'compute_capability', 0)) >= 9
   layout: dict[str, Any] = {}
   if not mapped and mesh.size > 1:
     layout = {'stream': functools.partial(_stream, mesh, rows), 'embedded': functools.partial(_embedded, mesh, rows)}
   several = grouped and _ways(mesh, REPLICAS) > 1
-  return Devices(first.platform, mesh, rows, heads, 256 if hopper else 128, mapped, several, **layout)
+  return Devices(first.platform, mesh, rows, heads, _widest_head(first), mapped, several, **layout)
+
+
+def _widest_head(device: jax.Device) -> int:
+  """That its cuDNN can do: more from Hopper on; an AMD GPU ('gfx942') has none."""
+  capability = str(getattr(device, 'compute_capability', 0.0))
+  if capability.startswith('gfx'):
+    return 0
+  return 256 if float(capability) >= 9 else 128
 
 
 def groups(mesh: Mesh) -> dict[str, Any]:

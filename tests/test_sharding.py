@@ -148,6 +148,13 @@ def test_a_model_is_told_where_its_sequences_and_heads_are():
   assert (told.platform, told.rows, told.heads, told.ways()) == ('cpu', ('slice', 'data', 'fsdp'), 'tensor', (4, 2))
 
 
+@pytest.mark.parametrize('capability, widest', [('8.9', 128), ('9.0', 256), ('10.0', 256), ('gfx942', 0)])
+def test_a_gpu_says_which_heads_its_cudnn_can_do(capability, widest):
+  gpu = Sliced(0, 0)
+  gpu.platform, gpu.compute_capability = 'gpu', capability
+  assert sharding.devices(sharding.make_mesh(devices=[gpu])).widest == widest
+
+
 @pytest.mark.parametrize(
   'call,message',
   [
