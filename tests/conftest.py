@@ -56,6 +56,13 @@ def one_fake_device():
     yield
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _programs_end_with_their_module():
+  """A process that keeps those of all modules comes to 5 GB and more, and is slower for it."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _no_rank_promotion():
   with jax.numpy_rank_promotion('raise'):
