@@ -349,6 +349,10 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
   for key in overrides:
     if all(any(k == key or k.startswith(f'{key}.') for k in arm.diff) for arm in everyone):
       lines.append(f'{PREFIX}{key} has no effect: every arm of the sweep sets it')
+  if short := [arm for arm in everyone if 0 < arm.config.train.steps <= arm.config.optim.warmup]:
+    lengths = f'train.steps={short[0].config.train.steps}, optim.warmup={short[0].config.optim.warmup}'
+    also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
+    lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')

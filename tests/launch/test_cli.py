@@ -13,6 +13,7 @@ from fakes import FakeTrain, experiment
 
 import launch.cli
 from launch import report as report_command
+from slm_jax import perf
 from slm_jax.ablate import workdir
 from slm_jax.ablate.arms import expand
 from slm_jax.ablate.sweep import product, seeds
@@ -102,7 +103,8 @@ def test_bad_input_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
 
 @pytest.mark.parametrize('where', ['/proc/nowhere', 'a_file/below'])
 @pytest.mark.parametrize('more', [(), ('--local_workers=2',), ('--dry_run', '--measure')])
-def test_a_place_that_cannot_be_written_is_one_line(start, tmp_path, where, more):
+def test_a_place_that_cannot_be_written_is_one_line(start, tmp_path, monkeypatch, where, more):
+  monkeypatch.setattr(perf, 'cache_compilations', lambda folder: None)  # there, for all tests that follow
   (tmp_path / 'a_file').touch()
   module = experiment(base=tiny.config(), sweep=[{'name': 'a'}, {'name': 'b', 'seed': 1}])
   code, _, error = start(module, f'--workdir={where}', *more)  # what really trains
@@ -186,6 +188,11 @@ def test_help_names_question_flags_sweeps_and_settings(start, tmp_path):
     (['--sweep=lr', '--config.optim.learning_rate=9'], '--config.optim.learning_rate has no effect'),
     (['--sweep=lr'], "BASELINE 'scratch' is not in this sweep; the others are compared with 'learning_rate=0.002'"),
     (['--sweep=twice'], "'one' and 'two' are the same arm, run once"),
+    (
+      ['--sweep=twice'],
+      "'one' ends inside its warm-up (train.steps=3, optim.warmup=100): its learning rate comes to no peak",
+    ),
+    (['--sweep=lr', '--config.train.steps=100'], 'comes to no peak, nor does that of 1 more'),
   ],
 )
 def test_surprises_are_told(start, argv, remark):
