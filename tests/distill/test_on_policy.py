@@ -43,7 +43,7 @@ def chained(divergence='reverse_kl', fraction=1.0, weight=1.0, **settings):
   """OnPolicy before Distill."""
   numbers = {
     'on_policy.fraction': fraction,
-    **{f'on_policy.{k}': settings.pop(k) for k in ('replay',) if k in settings},
+    **{f'on_policy.{k}': settings.pop(k) for k in ('replay', 'temperature') if k in settings},
   }
   write = on_policy(TINY, numbers, max_new=NEW, t=T, vocab=V, eos=EOS, pad=PAD, **settings)
   return chain(write, taught(divergence, weight))
@@ -220,6 +220,11 @@ def test_in_between_each_row_is_one_or_the_other():
   np.testing.assert_array_equal(np.asarray(new['inputs'])[~row], np.asarray(batch['inputs'])[~row])
   assert (np.asarray(new['mask'])[row] == 0).all()
   np.testing.assert_array_equal(new['taught'], new['mask'] + new['rollout'])
+  transform = chained(fraction=0.3)
+  slots = transform.init(jax.random.PRNGKey(0), STUDENT)
+  counted = transform.loss(slots, lambda *given: {})(STUDENT, None, new, context_of(transform))
+  assert counted['on_policy_share'][:2] == (row.sum(), 200)
+  assert counted['on_policy_length'][:2] == (np.asarray(new['rollout']).sum(), row.sum())
 
 
 def test_the_term_is_that_of_the_rollouts_taken_as_constants():
@@ -238,6 +243,17 @@ def test_the_term_is_that_of_the_rollouts_taken_as_constants():
     return losses.objective(token_loss(MODEL.head(params, MODEL.hidden(params, batch)), batch, context))
 
   close(jax.grad(ours)(STUDENT), jax.grad(by_hand)(STUDENT))
+
+
+def test_the_temperature_is_that_of_the_draws():
+  greedy, drawn = (
+    [rewritten(chained(temperature=temperature), batch_of(8), key=key) for key in (0, 1)] for temperature in (0.0, 1.0)
+  )
+  np.testing.assert_array_equal(greedy[0]['targets'], greedy[1]['targets'])
+  assert (drawn[0]['targets'] != drawn[1]['targets']).any()
+  best = jnp.argmax(log_probs(STUDENT, greedy[0]), axis=-1)
+  written_by_it = greedy[0]['rollout'] > 0
+  np.testing.assert_array_equal(best[written_by_it], greedy[0]['targets'][written_by_it])
 
 
 # ------------------------------------------------------------------------------------------------------- one program

@@ -143,6 +143,19 @@ def test_they_are_written_once_and_again_if_anything_differs(folder, monkeypatch
   assert len({path.name for path in folder.glob('written-*')} - before) == 5
 
 
+def test_the_draws_are_those_that_were_asked_for(folder):
+  def told(**settings):
+    return [tokens.tolist() for _, tokens in texts(opened(folder, WHOLE, documents=24, **settings)[1])]
+
+  base = told()
+  for settings in ({'seed': 1}, {'temperature': 0.7}, {'top_p': 0.9}):
+    assert told(**settings) != base, settings
+  greedy = told(temperature=1e-4)
+  assert told(top_p=1e-6) == greedy
+  assert len({tuple(tokens) for tokens in greedy}) == 1
+  assert len({tuple(tokens) for tokens in base}) > 12
+
+
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
   def fails(*args, **kwargs):
     raise KeyboardInterrupt
