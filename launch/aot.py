@@ -23,6 +23,7 @@ from absl import flags
 
 from launch import aot_slice
 from launch.cli import split_overrides
+from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, expand
 from slm_jax.chips import Chip
 from slm_jax.config import ConfigError, require
@@ -49,6 +50,9 @@ def run(argv: Sequence[str]) -> int:
     print(help_text(options))
     return EXIT_DONE
   aot_slice.check(options.topology, options.num_slices)
+  if options.json:  # before hours of compilation
+    with workdirs.writing(Path(options.json)):
+      Path(options.json).open('a').close()
   require(
     bool(options.experiment), '--experiment=(not given): expected a file or a module, as in experiments/shrink.py'
   )

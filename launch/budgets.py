@@ -49,6 +49,12 @@ def check(options: flags.FlagValues) -> None:
   require(not (name and options.measure), f'--measure: takes steps on this machine; --device={name} is another')
 
 
+def assume(options: flags.FlagValues, chip: str, count: int) -> None:
+  """What an engine's flags say of the device, where the user has not said it."""
+  if not options.device and chip in chips.table():
+    options['device'].value, options['devices'].value = chip, count
+
+
 def limits(options: flags.FlagValues) -> Limits:
   values = [options[name].value for name in FLAGS]
   return Limits(*(math.inf if value is None else float(value) for value in values))

@@ -94,9 +94,17 @@ def to_yaml(value: Mapping[str, Any]) -> str:
 
 
 def check_share(plan: Plan, mount: str, flag: str) -> None:
-  """ConfigError unless workdir and data lie on the share that is mounted at `mount`, here and on the workers."""
+  """ConfigError unless workdir and data lie on the share that is mounted at `mount`, here and on the workers.
+
+  The experiment must be a module: where its file lies on this machine says nothing there.
+  """
   from slm_jax.data.sources import EMBEDDED  # heavy, and needed by this alone
 
+  file = None if getattr(plan.module, '__spec__', None) else getattr(plan.module, '__file__', None)
+  name = Path(file or '').stem
+  require(
+    file is None, f'{file}: workers elsewhere cannot start it as a file; start it with python -m experiments.{name}'
+  )
   require(os.path.isabs(mount), f'--{flag}={mount}: expected an absolute path')
   require(
     _below(str(plan.workdir), mount),

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cloud, topologies
+from launch import budgets, cloud, topologies
 from launch.cloud import Call
 from launch.plan import Plan, Unit
 from launch.worker import sigterm_like_ctrl_c
@@ -65,6 +65,7 @@ def check(plan: Plan, options: flags.FlagValues) -> None:
     require(bool(getattr(options, f'gke_{name}')), f'--gke_{name}: needed, as in --gke_{name}={example}')
   cloud.check_share(plan, options.gke_mount, 'gke_mount')
   cloud.check_devices(plan, its.devices * options.gke_slices)
+  budgets.assume(options, its.chip, its.chips * options.gke_slices)
 
 
 def ready(plan: Plan, options: flags.FlagValues) -> None:

@@ -10,11 +10,12 @@ from launch.places import Place
 from launch.plan import Plan, Unit
 from launch.plan import units as units_of
 from slm_jax.ablate import workdir as workdirs
+from slm_jax.config import require
 
 
 def define(values: flags.FlagValues) -> None:
-  text = 'processes that train side by side, each on its share of cores and GPUs (default: one for each GPU or TPU'
-  text += ' chip, or for as many as an arm is split over; else 1, which is this process)'
+  text = 'processes that train side by side, each on its share of cores and GPUs, or on one TPU chip (default: one for'
+  text += ' each chip, or for as many GPUs as an arm is split over; else 1, which is this process)'
   flags.DEFINE_integer('local_workers', None, text, 1, flag_values=values)
   text = 'how often a process is started again that was killed or preempted'
   flags.DEFINE_integer('local_restarts', 20, text, 0, flag_values=values)
@@ -61,7 +62,12 @@ def places_of(plan: Plan, options: flags.FlagValues) -> list[Place]:
   kind, devices = places.accelerators()
   runs = [arm.config.run for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
   an_arm = max((max(1, run.data_parallel) * run.fsdp * run.tensor for run in runs), default=1)
-  workers = options.local_workers or max(1, len(devices) // an_arm)
+  split_tpu = kind == 'tpu' and an_arm > 1  # over chips of which a worker has one, and this process all
+  require(
+    not split_tpu or options.local_workers in (None, 1),
+    f'--local_workers={options.local_workers}: each has one TPU chip, and an arm is split over {an_arm}; allowed: 1',
+  )
+  workers = options.local_workers or (1 if split_tpu else max(1, len(devices) // an_arm))
   return places.split(max(1, min(workers, len(runs))), kind, devices)
 
 

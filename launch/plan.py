@@ -87,25 +87,31 @@ class Plan(NamedTuple):
 def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Unit]:
   """The missing arms of a plan as units of work, parents first. The arms of a unit do not build on each other.
 
-  arms_per_job: so many arms, such as can share a program beside each other, are run by one worker. 0: arms that can are
+  arms_per_job: so many arms, such as can share a program beside each other, are run by one worker. A unit has the same
+    name when some of its arms are done: by it, the next launch knows that it runs. 0: arms that can share a program are
     shared out among so many workers; one arm a worker if their number is not known.
   """
-  missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+  missing = {arm.arm_id: arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)}
+  cut = list(plan.arms if arms_per_job else missing.values())
   level: dict[str, int] = {}  # the longest way to an arm from one without parents
-  for arm in missing:
+  for arm in cut:
     level[arm.arm_id] = 1 + max((level.get(parent, -1) for parent in arm.parents.values()), default=-1)
   parts = []
   for height in sorted(set(level.values())):
-    alike = groups({arm.arm_id: arm.config for arm in missing if level[arm.arm_id] == height})
+    alike = groups({arm.arm_id: arm.config for arm in cut if level[arm.arm_id] == height})
     for ids in [[arm_id for group in alike for arm_id in group]] if arms_per_job else alike:
       size = arms_per_job or (-(-len(ids) // workers) if workers else 1)
       parts += [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
-  names = {part: unit_name(plan.name, part) for part in parts}
-  home = {arm_id: names[part] for part in parts for arm_id in part}
-  parents = {arm.arm_id: arm.parents.values() for arm in missing}
+  names = {unit_name(plan.name, part): tuple(arm_id for arm_id in part if arm_id in missing) for part in parts}
+  home = {arm_id: name for name, part in names.items() for arm_id in part}
   return [
-    Unit(names[part], part, tuple(dict.fromkeys(home[p] for arm_id in part for p in parents[arm_id] if p in home)))
-    for part in parts
+    Unit(
+      name,
+      part,
+      tuple(dict.fromkeys(home[p] for arm_id in part for p in missing[arm_id].parents.values() if p in home)),
+    )
+    for name, part in names.items()
+    if part
   ]
 
 

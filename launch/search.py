@@ -36,7 +36,7 @@ def arms(
   from slm_jax.data import sources  # heavier than the rest
 
   check(options)
-  workdir, fingerprint = Path(options.workdir), functools.cache(sources.fingerprint)
+  workdir, fingerprint = Path(options.workdir).expanduser(), functools.cache(sources.fingerprint)
   limit = math.inf if options.yes else MANY
   found: dict[str, Arm] = {}
 

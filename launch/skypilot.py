@@ -21,11 +21,12 @@ from absl import flags
 from launch import cloud, topologies
 from launch.cloud import Call
 from launch.plan import Plan, Unit
-from slm_jax.config import require
+from slm_jax.config import ConfigError, require
 from slm_jax.files import write_text
 from slm_jax.preempt import EXIT_DONE
 
-QUEUE = ['sky', 'jobs', 'queue', '--skip-finished', '--output=json']
+QUEUE = ['sky', 'jobs', 'queue', '--skip-finished', '--all', '--output=json']  # without --all, the 50 latest
+NONE = 'No in-progress managed jobs'  # is an error of it, while no controller is up
 
 
 def define(values: flags.FlagValues) -> None:
@@ -76,7 +77,7 @@ def task(plan: Plan, unit: Unit, options: flags.FlagValues) -> dict[str, Any]:
 
 
 def show(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> str:
-  lines = []
+  lines = [shlex.join(['mkdir', '-p', str(plan.workdir / 'skypilot')])] if units else []
   for unit in units:
     path = _path(plan, unit)
     lines += [f'# once done: {", ".join(unit.after)}'] if unit.after else []
@@ -86,9 +87,7 @@ def show(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> str:
 
 
 def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, call: Call = cloud.call) -> int:
-  found = call(QUEUE)
-  require(found.code == 0, f'sky: {found.reason}')
-  queued = {job.get('job_name') for job in json.loads(found.out)}
+  queued = _queued(call(QUEUE))
   for unit in units:
     if unit.after or cloud.job_name(plan, unit) in queued:
       print(f'{unit.name}: {"waits for " + ", ".join(unit.after) if unit.after else "is queued already"}')
@@ -100,6 +99,17 @@ def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, call: Call
     print(f'{unit.name}: queued as {cloud.job_name(plan, unit)}')
   print('launch again to see to what waits, and for the report')
   return EXIT_DONE
+
+
+def _queued(found: cloud.Result) -> set[str]:
+  """Names of the jobs that run or wait."""
+  if found.code and NONE in found.out + found.err:
+    return set()
+  require(found.code == 0, f'sky: {found.reason}')
+  try:
+    return {job['job_name'] for job in json.loads(found.out)}
+  except (ValueError, TypeError, KeyError) as error:
+    raise ConfigError(f'sky: its list of jobs cannot be read ({error}): {" ".join(found.out.split())[:200]}') from None
 
 
 def _path(plan: Plan, unit: Unit) -> Path:

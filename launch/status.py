@@ -283,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
 def _watch(workdir: Path) -> None:
   """Until Ctrl-C, or nothing is left that could go on by itself."""
   live = Live(Screen(sys.stdout), workdir)
-  ends = {'done', 'failed'}
+  ends = {'done', 'failed', 'blocked'}
   while not (found := live.look()) or any(s.state not in ends for s in found):
     time.sleep(0.2)
 

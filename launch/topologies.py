@@ -24,6 +24,12 @@ class Slice(NamedTuple):
   machine: str  # GKE: machine type of the node pool
   runtime: str  # Cloud TPU API: image of the VM
 
+  @property
+  def chip(self) -> str:
+    """As chips.toml calls it."""
+    family = self.name.rpartition('-')[0]
+    return 'v5e' if family == 'v5litepod' else family
+
   def __str__(self) -> str:
     return f'{self.name}: topology {self.topology}, {self.chips} chips, {self.hosts} host{"s" * (self.hosts > 1)}'
 

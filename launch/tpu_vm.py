@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cloud, topologies
+from launch import budgets, cloud, topologies
 from launch.cloud import Call
 from launch.plan import Plan, Unit, unit_name
 from launch.worker import sigterm_like_ctrl_c
@@ -72,6 +72,7 @@ def check(plan: Plan, options: flags.FlagValues) -> None:
       require(flag.startswith('--'), f'--tpu_vm_{name}={flag}: expected a flag, as in --tpu_vm_{name}=--FLAG=VALUE')
   cloud.check_share(plan, options.tpu_vm_mount, 'tpu_vm_mount')
   cloud.check_devices(plan, its.devices * options.tpu_vm_slices)
+  budgets.assume(options, its.chip, its.chips * options.tpu_vm_slices)
 
 
 def ready(plan: Plan, options: flags.FlagValues) -> None:

@@ -27,11 +27,12 @@ class Control(NamedTuple):
 
 
 def controls(rows: Iterable[Row], curves: Mapping[str, Sequence[Point]]) -> list[Control]:
-  """A control for each unit that is known of all runs. Runs that are not done, or have no curve, are not compared.
+  """A control for each unit that is known of all runs. Runs that are not done, were not trained (but measured as they
+  start), or have no curve, are not compared.
 
   curves: see `results.curves`.
   """
-  compared = [row for row in rows if row.summary and curves.get(row.arm_id)]
+  compared = [row for row in rows if row.summary and (curve := curves.get(row.arm_id)) and curve[-1].tokens > 0]
   found = []
   for unit in TITLES:
     spent = {row.arm_id: used(unit, row, curves[row.arm_id]) for row in compared}

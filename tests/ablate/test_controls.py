@@ -87,6 +87,9 @@ def test_runs_without_a_curve_or_a_result_are_not_compared():
   rows = [*ROWS, row('none'), row('failed')._replace(summary={})]
   curves = {**CURVES, 'failed0': curve(1)}
   assert read('tokens', rows, curves)[0] == 1000
+  untrained = [Point(0, 0.0, None, 9.0)]  # of --config.train.steps=0: measured as it starts
+  budget, losses = read('tokens', [*ROWS, row('as it starts')], {**CURVES, 'as it starts0': untrained})
+  assert (budget, losses) == read('tokens', ROWS, CURVES)
   assert controls.controls([row('none')], {}) == []
 
 

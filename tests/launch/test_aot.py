@@ -109,6 +109,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
     (['--experiment=experiments/shrink.py', '--num_slices=2', '--config.run.fsdp=8'], 'not split over the 2 slices'),
     (['--experiment=experiments/shrink.py', '--sweep_mesh', '--meshes=4x1'], '--meshes=4x1: expected data x fsdp x'),
     (['--experiment=experiments/shrink.py', 'stray'], "'stray': not a flag"),
+    (['--experiment=experiments/shrink.py', '--json=/nowhere/x.json'], '/nowhere/x.json: No such file or directory'),
   ],
 )
 def test_bad_input_is_one_line(argv, message, capsys):

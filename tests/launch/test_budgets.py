@@ -6,6 +6,7 @@ import pytest
 from fakes import FakeTrain, experiment
 
 import launch.cli
+from launch import cli, gke, tpu_vm
 from slm_jax.ablate import measure
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import product, seeds
@@ -199,3 +200,25 @@ def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, t
   code, out, _ = start('--max_cost=1.5', '--config.run.price=0.5', '--over_budget=trim', train=train)
   assert code == 0
   assert train.called == [('a', 0), ('b', 0)]
+
+
+@pytest.mark.parametrize(
+  'engine, name, chip, count',
+  [
+    (tpu_vm, 'v6e-4', 'v6e', 4),
+    (tpu_vm, 'v5p-16', 'v5p', 8),
+    (gke, 'v5litepod-16', 'v5e', 16),
+    (gke, 'tpu7x-8', '', 1),  # of which the table knows nothing
+  ],
+)
+def test_a_slice_is_predicted_as_what_it_is(engine, name, chip, count, monkeypatch):
+  monkeypatch.setattr(engine.cloud, 'check_share', lambda *given: None)
+  monkeypatch.setattr(engine.cloud, 'check_devices', lambda *given: None)
+  short = engine.__name__.split('.')[-1]
+  needed = {'tpu_vm': ['zone=z', 'share=10.0.0.2:/v'], 'gke': ['image=i', 'pvc=p']}[short]
+  options = cli.parse([f'--launch={short}', f'--{short}_type={name}', *(f'--{short}_{one}' for one in needed)], 'tiny')
+  engine.check(None, options)
+  assert (options.device, options.devices) == (chip, count)
+  options = cli.parse([f'--{short}_type={name}', '--device=v4', *(f'--{short}_{one}' for one in needed)], 'tiny')
+  engine.check(None, options)
+  assert (options.device, options.devices) == ('v4', 1)  # as the user said

@@ -243,6 +243,13 @@ def test_a_search_runs_reports_and_is_not_run_again(start_with_report, hunt, tmp
   assert train.called == trials(*range(16))
 
 
+def test_a_search_finds_its_results_at_home(start, hunt, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  train = Bowl()
+  assert start(hunt, '--search=3', '--workdir=~/found', train=train)[0] == 0
+  assert train.called == trials(0, 1, 2)
+
+
 @pytest.mark.parametrize('together', [1, 3])
 def test_a_search_that_was_cut_off_asks_for_the_same_arms(start, hunt, tmp_path, together):
   def arms():

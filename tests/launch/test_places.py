@@ -3,10 +3,12 @@
 import os
 
 import pytest
+from fakes import arms_of, experiment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import places
+from launch import cli, local, places
+from launch.plan import Plan
 from slm_jax import chips
 from slm_jax.config import ConfigError
 
@@ -119,3 +121,12 @@ def test_a_chip_for_each_process():
 )
 def test_a_place_says_what_it_is(cores, devices, text):
   assert str(places.Place(cores, {}, devices, 'cuda')) == text
+
+
+def test_an_arm_that_is_split_over_tpu_chips_has_all_of_them_in_this_process(monkeypatch, tmp_path):
+  monkeypatch.setattr(places, 'accelerators', lambda: ('tpu', [str(i) for i in range(8)]))
+  module = experiment(sweep=[{'seed': i, 'run.fsdp': 4} for i in range(3)])
+  plan = Plan(module, tmp_path, arms_of(module), [], 'base')
+  assert len(local.places_of(plan, cli.parse([], 'tiny'))) == 1
+  with pytest.raises(ConfigError, match='--local_workers=2: each has one TPU chip, and an arm is split over 4'):
+    local.places_of(plan, cli.parse(['--local_workers=2'], 'tiny'))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import cloud, skypilot
+from launch.plan import units
 from slm_jax.config import ConfigError
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -19,6 +20,9 @@ HERE = ['--skypilot_accelerators=A100:8', '--skypilot_bucket=gs://slm-results']
 
 SKY = """
 if sys.argv[2] == 'queue':
+  assert '--all' in sys.argv, 'without it, the 50 latest'
+  if 'answer' in state:
+    leave(*state['answer'])
   leave(out=json.dumps([{'job_name': name} for name in state['queued']]))
 if state.get('error'):
   leave(err=state['error'], code=1)
@@ -54,6 +58,46 @@ def test_what_can_start_is_queued_once_and_the_rest_waits(scene, capsys):
   assert tool.state['queued'] == [cloud.job_name(plan, PARENT)]
   assert skypilot.run(plan, [CHILD._replace(after=())], options) == 0
   assert tool.state['queued'] == [cloud.job_name(plan, PARENT), cloud.job_name(plan, CHILD)]
+
+
+def test_without_a_controller_nothing_is_queued(scene):
+  plan, options, tool = scene
+  tool.state = {**tool.state, 'answer': ['', 'sky.exceptions.ClusterNotUpError: No in-progress managed jobs.', 1]}
+  assert skypilot.run(plan, UNITS, options) == 0
+  assert tool.state['queued'] == [cloud.job_name(plan, PARENT)]
+
+
+@pytest.mark.parametrize('answer', ['no JSON', '[{"name": "x"}]', '3'])
+def test_a_list_of_jobs_that_cannot_be_read_is_one_line(scene, answer):
+  plan, options, tool = scene
+  tool.state = {**tool.state, 'answer': [answer, '', 0]}
+  with pytest.raises(ConfigError, match='sky: its list of jobs cannot be read') as error:
+    skypilot.run(plan, UNITS, options)
+  assert '\n' not in str(error.value)
+  assert tool.state['queued'] == []
+
+
+def test_of_a_bundle_that_runs_nothing_is_started_again(tmp_path, monkeypatch):
+  plan = plan_on(tmp_path, sweep=[{'seed': i, 'data.seed': i} for i in range(4)])
+  options = options_of(*HERE, f'--skypilot_mount={tmp_path}')
+  tool = clouds.Tool(tmp_path, 'sky', SKY, monkeypatch, queued=[], workdir='')
+  assert skypilot.run(plan, units(plan, 2), options) == 0
+  queued = tool.state['queued']
+  assert len(queued) == 2
+  clouds.finish(plan, plan.arms[0].arm_id)
+  left = units(plan, 2)
+  assert [len(unit.arms) for unit in left] == [1, 2]
+  assert skypilot.run(plan, left, options) == 0
+  assert tool.state['queued'] == queued
+  clouds.finish(plan, plan.arms[1].arm_id)
+  assert [unit.arms for unit in units(plan, 2)] == [left[1].arms]
+
+
+def test_what_was_started_as_a_file_is_refused_while_it_costs_nothing():
+  plan = plan_on('/mnt/slm')
+  plan.module.__file__ = '/home/me/try.py'
+  with pytest.raises(ConfigError, match='/home/me/try.py: .* start it with python -m experiments.try'):
+    skypilot.check(plan, options_of(*HERE))
 
 
 def test_a_refusal_is_told_in_one_line(scene):
