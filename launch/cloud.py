@@ -101,10 +101,8 @@ def check_share(plan: Plan, mount: str, flag: str) -> None:
   from slm_jax.data.sources import EMBEDDED  # heavy, and needed by this alone
 
   file = None if getattr(plan.module, '__spec__', None) else getattr(plan.module, '__file__', None)
-  name = Path(file or '').stem
-  require(
-    file is None, f'{file}: workers elsewhere cannot start it as a file; start it with python -m experiments.{name}'
-  )
+  start = f'start it with python -m experiments.{Path(file or "").stem}'
+  require(file is None, f'{file}: workers elsewhere cannot start it as a file; {start}')
   require(os.path.isabs(mount), f'--{flag}={mount}: expected an absolute path')
   require(
     _below(str(plan.workdir), mount),

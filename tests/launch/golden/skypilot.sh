@@ -1,3 +1,4 @@
+mkdir -p /mnt/slm/tiny/skypilot
 cat > /mnt/slm/tiny/skypilot/tiny-0123456789ab.yaml <<'TASK'
 name: "tiny-0123456789ab-0a1089"
 resources:
