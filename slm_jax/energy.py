@@ -136,6 +136,11 @@ class Usage:
     if self._unread > READ_EVERY:
       self._read()
 
+  def redo(self, seconds: float) -> None:
+    """So much of it was lost with a process; nobody knows what its counters said."""
+    self.tick(seconds)
+    self._joules = None
+
   def record(self) -> dict[str, Any]:
     """{chip_seconds, joules (None if not measured), joules_estimated, energy_source}, so far."""
     self._read()

@@ -17,7 +17,8 @@ from slm_jax.metrics import MetricLog
 
 # Where the wall time of an arm goes, over all its restarts (see `goodput`). data: the loop waits for a batch.
 Phase = Literal['compile', 'step', 'data', 'eval', 'checkpoint']
-# Not in `seconds`: before the loop; steps whose results were lost and that are taken again; when no process ran.
+# Not in `seconds`: before the loop; steps whose results were lost and that are taken again (which are paid for, too);
+# when no process ran.
 BESIDE = ('start', 'redone', 'down')
 
 
@@ -53,9 +54,14 @@ class Ledger:
     self._best: float | None = record.get('best')
     self._usage = energy.Usage(record, share)
     self._spent = {phase: 0.0 for phase in (*get_args(Phase), *BESIDE)} | record.get('spent', {})
+    billed = self._spent['redone']
+    self._spent |= log.lost  # of processes as well that saved nothing
     self._spent['start'] += share * starting
     self._spent['redone'] += max(log.seconds - self._seconds, 0.0)
     self._spent['down'] += share * max(log.silent - starting, 0.0)
+    log.remember({phase: self._spent[phase] for phase in BESIDE})
+    if again := self._spent['redone'] - billed:
+      self._usage.redo(again / share)
     self._pending: tuple[int, Any] | None = None
     self._since = time.perf_counter()
     self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log

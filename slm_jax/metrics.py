@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from slm_jax import distributed
 from slm_jax.config import require, to_dict, to_install
-from slm_jax.files import write_text
+from slm_jax.files import read_object, write_json, write_text
 
+LOST = 'lost.json'  # beside metrics.jsonl: {phase: seconds of all processes that worked on the run}
 FORMAT = 1  # of what a run leaves (run.json, metrics.jsonl); a number that run.json holds
 
 
@@ -43,9 +44,12 @@ class MetricLog:
   def __init__(self, path: Path, step: int, sinks: tuple[Sink, ...], warn: Callable[[str], None]):
     """Lines of steps after `step`, from which a run goes on, are dropped: they are about to be written again.
 
-    seconds: what the last line that an earlier process wrote says; silent: how long ago that was.
+    seconds: what the last line that an earlier process wrote says; silent: how long ago that was. lost: what `remember`
+    was told last, whatever has been dropped since.
     """
     evaluated, self.seconds, self.silent = distributed.on_main(_cut_back, path, step)
+    self._lost = path.with_name(LOST)
+    self.lost = distributed.on_main(read_object, self._lost)
     self.evaluated = {line['step']: line for line in evaluated}
     where = path if distributed.is_main() else os.devnull
     self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
@@ -59,6 +63,11 @@ class MetricLog:
     if kind == 'eval':
       self.evaluated[step] = record
     self._to_all(lambda sink: sink.write(step, kind, values))
+
+  def remember(self, lost: Mapping[str, float]) -> None:
+    """Seconds that no checkpoint may know of: they stand beside the log, whose later lines a restart drops."""
+    if distributed.is_main():
+      write_json(self._lost, dict(lost))
 
   def close(self) -> None:
     self._file.close()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,8 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from slm_jax import chips, energy, metrics, train
+from slm_jax import chips, energy, ledger, metrics, train
+from slm_jax.ablate import budget, workdir
 from slm_jax.ablate.measure import stand_in
 from slm_jax.energy import Counter, Meter, Usage
 from slm_jax.preempt import Preempted, Preemption
@@ -233,3 +236,41 @@ def test_a_run_is_billed_for_all_its_lives(tmp_path, monkeypatch):
   assert summary['energy_source'] == 'measured: fake'
   assert 1000 <= summary['joules'] <= 20_000
   assert summary['hardware_flops'] == 12 * train.hardware_flops(job)
+
+
+def test_what_was_lost_with_processes_stays_in_the_books_and_on_the_bill(tmp_path, monkeypatch):
+  """Killed twice between two checkpoints: the first of these losses stands in no checkpoint, and in no log any more."""
+  path, clock = tmp_path / 'metrics.jsonl', [100.0]
+  monkeypatch.setattr(energy, 'of_devices', lambda: Meter([Counter(lambda: 0.0)], 'measured: fake'))
+  monkeypatch.setattr(metrics.time, 'time', lambda: clock[0])
+  saved = {'seconds': 5.0, 'chip_seconds': 5.0, 'joules': 1.0, 'spent': {'step': 5.0}}
+
+  def life(record, step, last):
+    """Goes on from a checkpoint, and logs a last line before it is killed; what it could have saved at its start."""
+    log = metrics.MetricLog(path, step, (), print)
+    known = ledger.Ledger(log, tiny.config(12), 1.0, step, record, starting=20.0).record()
+    log.write(last, 'train', {'seconds': float(last)})
+    log.close()
+    os.utime(path, (clock[0],) * 2)
+    return known
+
+  assert life({}, 0, 9)['spent']['redone'] == 0
+  clock[0] += 100
+  second = life(saved, 5, 7)
+  clock[0] += 10
+  third = life(saved, 5, 6)
+  assert second['spent']['redone'] == 4
+  assert third['spent']['redone'] == 4 + 2
+  assert (second['spent']['start'], third['spent']['start']) == (40, 60)
+  assert third['spent']['down'] == second['spent']['down'] == 80  # and then it was there again within its start
+  assert third['chip_seconds'] == pytest.approx(5 + 6, abs=0.5)
+  assert third['joules'] is None
+  arm = SimpleNamespace(arm_id='x', config=tiny.config(12))
+  folder = workdir.folder(tmp_path / 'runs', 'x')
+  folder.mkdir(parents=True)
+  for file in (path, tmp_path / metrics.LOST):
+    shutil.copy(file, folder)
+  assert budget.spent(tmp_path / 'runs', arm, lambda arm: 1.0).hours == pytest.approx((6 + 6) / 3600)
+  later = life({**third, 'seconds': 10.0}, 10, 11)  # from a checkpoint of that life, which knows of all this
+  assert later['spent']['redone'] == 6
+  assert later['chip_seconds'] == pytest.approx(third['chip_seconds'], abs=0.5)

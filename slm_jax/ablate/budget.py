@@ -117,11 +117,15 @@ def require_price(arms: Sequence[Arm], kind: str) -> None:
 
 
 def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> Amount:
-  """What an arm has used so far: by its summary if it is done, else by the last line of its log."""
+  """What an arm has used so far: by its summary if it is done, else by the last line of its log.
+
+  Steps that were lost with a process and taken again cost time and money; model FLOPs are those of steps that count.
+  """
   folder = workdirs.folder(workdir, arm.arm_id)
   run = read_object(folder / 'run.json')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
-  hours, flops, dollars = (used.get('seconds') or 0.0) / 3600, used.get('flops'), used.get('dollars')
+  redone = used.get('seconds_redone', read_object(folder / metrics.LOST).get('redone', 0.0))
+  hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
     flops = used['tokens'] * flops_per_token(arm) if used.get('tokens') else 0.0
   if dollars is None:

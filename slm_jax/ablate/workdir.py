@@ -1,7 +1,7 @@
 """What stands where in WORKDIR.
 
 experiment.json       which experiment this is, and every arm that was ever launched here: `Experiment`
-arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, samples.json, checkpoints/, model/, DONE
+arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, lost.json, samples.json, checkpoints/, model/, DONE
 results.csv  report.html  plots/
 lock                  held by the launch at work here; each arm's folder has one too
 """
