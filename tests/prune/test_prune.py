@@ -1,6 +1,7 @@
 """Pruning while training: what stays 0, what comes back, by what, and with what moments."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from toy import toy_batch, toy_model
 
 from slm_jax.optim import OptimConfig, optimizer
+from slm_jax.prune.allocate import allocate
+from slm_jax.prune.matrices import matrices
 from slm_jax.prune.schedules import sparsity_at
 from slm_jax.prune.transform import DROP, Rules, prune, through, without_moments
 from slm_jax.step import Transform, chain, init_state, make_step
@@ -19,14 +22,14 @@ ADAM = optimizer(OptimConfig(learning_rate=1e-2, warmup=0, weight_decay=0.5), 10
 REGROWING = [Rules(method='set'), Rules('first_order', method='rigl'), Rules(schedule='cyclic')]
 
 
-def start(transform, optim=ADAM):
-  return init_state(jax.random.PRNGKey(0), MODEL.init(jax.random.PRNGKey(1)), optim, transform)
+def start(transform, optim=ADAM, model=MODEL):
+  return init_state(jax.random.PRNGKey(0), model.init(jax.random.PRNGKey(1)), optim, transform)
 
 
-def walk(transform, steps, optim=ADAM, state=None):
+def walk(transform, steps, optim=ADAM, state=None, model=MODEL):
   """The states before the first step and after each."""
-  step = jax.jit(make_step(MODEL, optim, transform))
-  states = [start(transform, optim) if state is None else state]
+  step = jax.jit(make_step(model, optim, transform))
+  states = [start(transform, optim, model) if state is None else state]
   for i in range(steps):
     states.append(step(states[-1], toy_batch(i), {})[0])
   assert step._cache_size() == 1
@@ -39,6 +42,11 @@ def mask_of(state):
 
 def up(state):
   return np.asarray(state.params['layers']['up'])
+
+
+def best(scores, k):
+  """The k largest."""
+  return scores >= np.sort(scores, axis=None)[-k]
 
 
 def equal(a, b):
@@ -126,6 +134,49 @@ def test_criteria_remember_the_gradients_and_the_weights_of_each_step():
   assert np.abs(movement).max() > 0
 
 
+def test_masks_are_those_of_the_criterion():
+  """Exactly by what it remembers; none is another's, nor magnitude's of the weights that are about to be pruned."""
+  spy = Transform('spy', init=lambda key, params: params, after=lambda slot, state, update: (state.params, state))
+  masks = {}
+  for criterion in ('random', 'first_order', 'movement'):
+    slots = walk(chain(spy, prune(0.5, 3, 3, 1, Rules(criterion, schedule='one_shot'))), 3)[-1].slots
+    masks[criterion] = np.asarray(slots['prune'].masks['layers']['up'])
+    if criterion != 'random':
+      scores = np.asarray(slots['prune'].scores['layers']['up'])
+      np.testing.assert_array_equal(masks[criterion], [best(s, SIZE // 2) for s in scores], criterion)
+  masks['magnitude'] = np.array([best(np.abs(w), SIZE // 2) for w in np.asarray(slots['spy']['layers']['up'])])
+  for one, other in itertools.combinations(masks, 2):
+    assert (masks[one] != masks[other]).mean() > 0.1, (one, other)
+
+
+def uneven_model():
+  """The toy with two matrices: `q` is square, `up` is three times as wide."""
+
+  def init(key):
+    params = MODEL.init(key)
+    up = jax.random.normal(key, (2, 8, 24)) * 0.3
+    return {**params, 'layers': {'q': params['layers']['up'], 'up': up}}
+
+  def hidden(params, batch):
+    x = params['embed']['tokens'][batch['inputs']]
+    for q, up in zip(params['layers']['q'], params['layers']['up'], strict=True):
+      x = x + jnp.tanh(x @ q) + jnp.tanh(x @ up).reshape(*x.shape, 3).sum(-1)
+    return x
+
+  return MODEL._replace(init=init, hidden=hidden, features=lambda params, batch, wanted: (hidden(params, batch), {}))
+
+
+@pytest.mark.parametrize('method', ['prune', 'set'])
+def test_the_allocation_says_how_many_each_matrix_keeps(method):
+  rules = Rules(allocation='erk', schedule='one_shot', method=method)
+  state = walk(prune(0.5, 1, 3, 1, rules), 3, model=uneven_model())[-1]
+  masks, w = matrices(state.slots['prune'].masks), matrices(state.params)
+  expected, uniform = (allocate(w, 0.5, allocation) for allocation in ('erk', 'uniform'))
+  for name, mask in masks.items():
+    np.testing.assert_array_equal(mask.sum((1, 2)), expected[name], name)
+    assert (np.abs(expected[name] - uniform[name]) > 4).all()
+
+
 # ------------------------------------------------------------------------------------------------- what comes back
 
 
@@ -163,6 +214,38 @@ def test_without_moments_finds_them_by_the_tree_alone():
   equal(cleaned[0]['any'][0]['head'], params['head'])
 
 
+@functools.cache
+def regrown(rules):
+  return walk(prune(0.5, 1, 9, 1, rules), 9)
+
+
+@pytest.mark.parametrize('rules', [Rules(method='set'), Rules(method='rigl'), Rules(schedule='cyclic')])
+@pytest.mark.parametrize('pattern', ['output', '2:4'])
+def test_what_comes_back_keeps_to_the_pattern(rules, pattern):
+  """As many in every group of four inputs; in every output as many or, where it does not divide, one more."""
+  masks = [mask_of(state) for state in regrown(rules._replace(pattern=pattern))]
+  assert sum(int((new & ~old).sum()) for old, new in itertools.pairwise(masks)) > 10
+  counts = [mask.sum(1) if pattern == 'output' else mask.reshape(2, 2, 4, 8).sum(2) for mask in masks]
+  assert {int(np.ptp(count)) for count in counts} <= ({0, 1} if pattern == 'output' else {0})
+  assert (counts[-1] == (4 if pattern == 'output' else 2)).all()
+
+
+def test_no_output_gives_up_more_than_the_share_that_is_exchanged():
+  for method in ('set', 'rigl'):
+    masks = [mask_of(state) for state in regrown(Rules(pattern='output', method=method))]
+    for old, new in itertools.pairwise(masks):
+      least_L = np.round((1 - DROP) * new.sum((1, 2))) // 8
+      assert ((old & new).sum(1) >= least_L[:, None]).all()
+
+
+def test_set_draws_what_rigl_grows_by_gradients():
+  """The first refresh only prunes, so they part at the second."""
+  one, other = ([mask_of(s) for s in regrown(Rules(pattern='output', method=m))] for m in ('set', 'rigl'))
+  np.testing.assert_array_equal(one[1], other[1])
+  for mine, theirs in zip(one[2:], other[2:], strict=True):
+    assert (mine != theirs).any()
+
+
 def test_rigl_grows_the_largest_gradients_and_drops_the_smallest_weights():
   """The first refresh only prunes; the next ones exchange a share that falls as a cosine, by dense gradients."""
   first, last, every = 5, 25, 5
@@ -181,10 +264,9 @@ def test_rigl_grows_the_largest_gradients_and_drops_the_smallest_weights():
     k = SIZE // 2
     stay = round(k * (1 - DROP / 2 * (1 + np.cos(np.pi * (t - first) / (last - first)))))
     for i in range(2):
-      order = np.where(old[i], np.abs(moved[i]), -1.0)
-      left = order >= np.sort(order.ravel())[-stay]
+      left = best(np.where(old[i], np.abs(moved[i]), -1.0), stay)
       rest = np.where(left, -1.0, np.abs(grads[i]))
-      expected = left | (rest >= np.sort(rest.ravel())[-(k - stay)] if stay < k else False)
+      expected = left | (best(rest, k - stay) if stay < k else False)
       np.testing.assert_array_equal(new[i], expected)
   assert (mask_of(states[10]) != mask_of(states[5])).any()
 

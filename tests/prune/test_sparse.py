@@ -1,18 +1,25 @@
 """One-shot pruning as an arm, and recovery from it: exact zeros that stay, and what both cost in loss."""
 
+import functools
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from toy import toy_batch, toy_model
 
 from slm_jax import train
 from slm_jax.ablate import report
 from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError, check, override
+from slm_jax.model.api import Feature
 from slm_jax.preempt import EXIT_DONE
+from slm_jax.prune import criteria, fisher
 from slm_jax.prune.matrices import matrices
-from slm_jax.prune.sparse import OneShot
+from slm_jax.prune.sparse import OneShot, sparse
+from slm_jax.prune.stats import collect_all
 from slm_jax.prune.transform import Prune
 from slm_jax.sharding import make_mesh
 
@@ -20,9 +27,8 @@ CRITERIA = ('random', 'magnitude', 'first_order', 'obd', 'wanda', 'ria', 'sparse
 PLAIN = {'transforms': (), 'eval.samples': 0, 'eval.every': 200}
 
 
+@functools.cache
 def weights(workdir, arm):
-  import jax
-
   _, params, _ = load_model(workdir / 'arms' / arm / 'model', make_mesh(1, 1, 1, jax.devices()[:1]))
   return {name: np.asarray(w) for name, w in matrices(params).items()}
 
@@ -66,6 +72,51 @@ def test_each_matrix_has_the_sparsity_that_was_asked_for(workdir, criterion):
     np.testing.assert_allclose(found, 0.75, atol=2e-3, err_msg=name)
 
 
+def test_no_two_criteria_have_the_same_zeros(workdir):
+  zeros = {criterion: {name: w == 0 for name, w in weights(workdir, criterion).items()} for criterion in CRITERIA}
+  for one, other in itertools.combinations(CRITERIA, 2):
+    for name, mine in zeros[one].items():
+      assert (mine != zeros[other][name]).mean() > 0.01, (one, other, name)
+
+
+def stream_fed_toy():
+  """The toy, whose layers' matrices read the stream as it is before them."""
+  model = toy_model()
+
+  def features(params, batch, wanted):
+    stream = [Feature('hidden', f.layer - (f.kind != 'hidden')) for f in wanted]
+    hidden, seen = model.features(params, batch, stream)
+    return hidden, {f: seen[of] for f, of in zip(wanted, stream, strict=True)}
+
+  return model._replace(features=features)
+
+
+def by_hand(model, params, text, key):
+  """The scores of each criterion."""
+  w, stats = matrices(params), collect_all(model, params, text)
+  return {
+    'random': criteria.random(w, key),
+    'magnitude': criteria.magnitude(w),
+    'first_order': criteria.first_order(w, fisher.average(fisher.gradient, model, params, text)),
+    'obd': criteria.obd(w, fisher.average(fisher.sampled, model, params, text, key)),
+    'wanda': criteria.wanda(w, stats),
+    'ria': criteria.ria(w, stats),
+  }
+
+
+def test_zeros_are_those_of_the_criterion_over_all_of_the_text():
+  """The first batch is one token over and over, so that it says other things of the inputs than both do."""
+  one_token = toy_batch(0)
+  model, text = stream_fed_toy(), [{**one_token, 'inputs': one_token['inputs'] * 0}, toy_batch(1)]
+  params, key = model.init(jax.random.PRNGKey(1)), jax.random.PRNGKey(3)
+  whole, of_the_first = (by_hand(model, params, batches, key) for batches in (text, text[:1]))
+  for criterion, scores in whole.items():
+    pruned = matrices(sparse(OneShot(criterion, 0.5, 'output'), model, params, iter(text), 3))['up']
+    four_best, of_less = (s['up'] >= np.sort(s['up'], axis=1)[:, -4:-3] for s in (scores, of_the_first[criterion]))
+    np.testing.assert_array_equal(pruned != 0, four_best, criterion)
+    assert (of_less == four_best).all() == (criterion in ('random', 'magnitude')), criterion
+
+
 def test_random_is_the_worst_and_an_update_of_what_is_kept_pays(workdir):
   losses = {criterion: loss(workdir, criterion) for criterion in CRITERIA}
   assert max(losses, key=losses.__getitem__) == 'random'
@@ -91,8 +142,8 @@ def test_a_global_budget_is_shared_out_and_n_of_m_is_exact(workdir):
 
 
 def test_recovery_keeps_the_zeros_and_regains_most(workdir):
-  for name, found in sparsities(workdir, 'recovered').items():
-    np.testing.assert_array_equal(found, sparsities(workdir, 'random')[name])
+  for name, w in weights(workdir, 'recovered').items():
+    np.testing.assert_array_equal(w == 0, weights(workdir, 'random')[name] == 0, name)
   before, after, dense = (loss(workdir, arm) for arm in ('random', 'recovered', 'dense'))
   assert after - dense < 0.5 * (before - dense)
 

@@ -1,11 +1,13 @@
 """A shape for a budget: it fits, nothing larger does, and none is within another."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 from slm_jax.config import ConfigError
 from slm_jax.model import decoder
+from slm_jax.model.api import Model
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.prune.choose import at_random, choose
@@ -39,6 +41,21 @@ def test_what_is_found_fits_and_nothing_larger_does(what, share):
       assert one is other or any(a > b for a, b in zip(sizes(one.config), sizes(other.config), strict=True))
 
 
+def test_all_that_fits_is_within_something_found():
+  """By trying every shape: 4, 3, 2 layers and groups, three widths, all multiples of 8 for d_ff."""
+  config = dataclasses.replace(CONFIG, d_ff=32)
+  found = [sizes(one.config) for one in search(config, 0.5, parameter_count)]
+  assert all(len(set(each)) > 1 for each in list(zip(*found, strict=True))[:3]), 'depth, groups and width all vary'
+  fitting = 0
+  for shape in itertools.product((4, 3, 2), (4, 3, 2), (64, 48, 32), range(8, 33, 8)):
+    layers, groups, width, d_ff = shape
+    one = dataclasses.replace(config, n_layers=layers, n_kv_heads=groups, n_heads=2 * groups, d_model=width, d_ff=d_ff)
+    if parameter_count(one) <= 0.5 * parameter_count(config):
+      fitting += 1
+      assert any(all(a <= b for a, b in zip(shape, other, strict=True)) for other in found), shape
+  assert len(found) < fitting < 108
+
+
 def test_all_of_the_budget_is_the_model_itself():
   assert [one.config for one in search(CONFIG, 1.0, parameter_count)] == [CONFIG]
 
@@ -55,6 +72,21 @@ def test_latency_is_a_share_of_the_whole_models():
   of = latency(large, 8, 32)
   assert of(large) == 1
   assert 0 < of(dataclasses.replace(large, n_layers=1, d_ff=64)) < 1
+
+
+def test_latency_is_of_the_batch_and_the_length(monkeypatch):
+  seen = []
+
+  def build(config):
+    def hidden(params, batch):
+      seen.append((config.n_layers, batch['inputs'].shape))
+      return batch['inputs']
+
+    return Model(config, init=lambda key: {}, hidden=hidden, head=lambda params, x: x, features=None)
+
+  monkeypatch.setattr(decoder, 'build', build)
+  COSTS['latency'](CONFIG, 3, 17)(dataclasses.replace(CONFIG, n_layers=2))
+  assert seen == [(4, (3, 17)), (2, (3, 17))]
 
 
 def test_local_layers_and_mup_keep_what_cannot_be_cut():
