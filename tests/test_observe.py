@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from slm_jax import ledger, metrics, observe, train
+from slm_jax import ledger, metrics, observe, perf, train
 from slm_jax.ablate.alike import groups
 from slm_jax.config import ConfigError, check, override
+from slm_jax.data.batches import Prefetch
 from slm_jax.ledger import Ledger, goodput
 from slm_jax.preempt import EXIT_DONE, EXIT_PREEMPTED
 
@@ -25,9 +26,19 @@ def summary_of(workdir):
   return json.loads((workdir / 'arms' / 'tiny' / 'run.json').read_text())['summary']
 
 
+def slow(function, seconds=0.1):
+  def slowly(*args):
+    time.sleep(seconds)
+    return function(*args)
+
+  return slowly
+
+
 def test_all_seconds_have_gone_somewhere(tmp_path, monkeypatch):
-  """A run that was stopped and, some seconds later, started again."""
+  """A run that was stopped and, some seconds later, started again, with data that are slow to open and to come."""
   take, polls = Ledger.add, []
+  for target, name in ((train, 'open_data'), (Prefetch, '__next__')):
+    monkeypatch.setattr(target, name, slow(getattr(target, name)))
 
   def add(self, step, values):
     take(self, step, values)
@@ -49,6 +60,8 @@ def test_all_seconds_have_gone_somewhere(tmp_path, monkeypatch):
   within = sum(spent[name] for name in ('compile', 'step', 'data', 'eval', 'checkpoint'))
   assert within == pytest.approx(summary['seconds'], abs=1.0)  # the last line is older than the books
   assert spent['down'] >= 0.9 * idle
+  assert spent['start'] >= 2 * 0.1
+  assert spent['data'] >= SMALL.train.steps * 0.1
   assert sum(spent.values()) <= wall
   assert summary['goodput'] == pytest.approx(spent['step'] / sum(spent.values()))
   assert summary['peak_bytes'] > 2**20
@@ -69,10 +82,13 @@ def test_steps_that_are_taken_again_are_lost(tmp_path):
   assert goodput({'spent': {'step': 3.0, 'redone': 1.0}})['goodput'] == 0.75
 
 
-def test_phases_add_up_and_only_steps_and_data_count_for_the_speed(tmp_path, monkeypatch):
+@pytest.mark.parametrize('share', [1.0, 0.25])
+def test_phases_add_up_and_only_steps_and_data_count_for_the_speed(share, tmp_path, monkeypatch):
+  """Of one of four arms in a program, a quarter of the time."""
   clock = [0.0]
   monkeypatch.setattr(ledger, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
-  books = Ledger(metrics.MetricLog(tmp_path / 'metrics.jsonl', 0, (), print), SMALL, 1.0, 0, {})
+  log = metrics.MetricLog(tmp_path / 'metrics.jsonl', 0, (), print)
+  books = Ledger(log, SMALL, 1e6, 0, {}, share, starting=8.0)
   loss = {name: jnp.float32(1) for name in ('loss', 'total', 'grad_norm')} | {'tokens': jnp.float32(60)}
 
   def passes(seconds):
@@ -92,11 +108,14 @@ def test_phases_add_up_and_only_steps_and_data_count_for_the_speed(tmp_path, mon
         passes(7)
     with books.phase('checkpoint'):
       passes(11)
-  spent = books.record()['spent']
-  assert {name: x for name, x in spent.items() if x} == {
-    'compile': 5, 'data': 2, 'step': 4, 'eval': 14, 'checkpoint': 11
+  record = books.record()
+  assert {name: x / share for name, x in record['spent'].items() if x} == {
+    'compile': 5, 'data': 2, 'step': 4, 'eval': 14, 'checkpoint': 11, 'start': 8
   }  # fmt: skip
-  assert list(metrics.read(tmp_path / 'metrics.jsonl'))[-1]['tokens_per_second'] == pytest.approx(60 / 3)
+  assert record['seconds'] == share * 36  # but for the start
+  line = list(metrics.read(tmp_path / 'metrics.jsonl'))[-1]
+  assert line['tokens_per_second'] == pytest.approx(60 / (3 * share))
+  assert line['mfu'] == pytest.approx(line['tokens_per_second'] * 1e6 / perf.peak_flops()[0])
 
 
 def test_a_trace_and_the_compiled_step(tmp_path):

@@ -1,5 +1,7 @@
 """Optimisers and schedules against optax's own, with numbers traced."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,40 @@ def test_adamw_is_optax_adamw_and_spares_norms_and_biases():
   mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('tokens', 'q', 'o', 'up'), params())
   reference = apply(optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.3, mask=mask), params(), params())
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, reference)
+
+
+def test_adamw_follows_its_schedule_as_optax_adamw_does():
+  """Over a warm-up and a decay, with gradients that change and a decay that is multiplied by the learning rate."""
+  config = OptimConfig(learning_rate=1e-2, warmup=5, b1=0.8, b2=0.9, weight_decay=0.3, clip=0.0)
+  opt = optimizer(config, 20)
+  mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('tokens', 'q', 'o', 'up'), params())
+  warm, cosine = optax.linear_schedule(2e-3, 1e-2, 4), optax.cosine_decay_schedule(1e-2, 15, alpha=0.1)
+  rate = optax.join_schedules([warm, cosine], [5])
+  both = [
+    opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()}),
+    optax.adamw(rate, 0.8, 0.9, 1e-8, weight_decay=0.3, mask=mask),
+  ]
+  trained = []
+  for tx in both:
+    p, state, update = params(), tx.init(params()), jax.jit(tx.update)
+    for i in range(20):
+      updates, state = update(jax.tree.map(lambda x, i=i: jnp.cos(i + 3 * x), p), state, p)
+      p = optax.apply_updates(p, updates)
+    trained.append(p)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *trained)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
+def test_the_first_update_is_that_of_a_constant_rate_times_the_warm_up(name):
+  """Its decay as well."""
+  config = OptimConfig(name, learning_rate=1e-2, warmup=8)
+  first = []
+  for its in (config, dataclasses.replace(config, schedule='constant', warmup=0)):
+    opt = optimizer(its, 20)
+    tx = opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()})
+    grads = jax.tree.map(jnp.cos, params())
+    first.append(tx.update(grads, tx.init(params()), params())[0])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 8, rtol=1e-4, atol=1e-9), *first)
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
@@ -99,8 +135,22 @@ def test_muon_treats_each_layer_as_its_own_matrix():
     one['layers'] = {k: v[i : i + 1] for k, v in grads['layers'].items()}
     alone = tx.update(one, tx.init(one), one)[0]['layers']['up']
     np.testing.assert_allclose(alone[0], both[i], rtol=1e-4, atol=1e-5)
-  singular = np.linalg.svd(np.asarray(both[0]))[1]
-  assert singular.max() / singular.min() < 2  # nearly orthogonal
+
+
+def test_muon_makes_what_a_matrix_is_multiplied_by_orthogonal():
+  """Of attention, heads and their entries together are the inputs of `o` and the outputs of the others."""
+  flat = {'q': (8, 8), 'k': (8, 4), 'v': (8, 4), 'o': (8, 8), 'gate': (8, 16), 'up': (8, 16), 'down': (16, 8)}
+  given = {**flat, 'q': (8, 2, 4), 'k': (8, 1, 4), 'v': (8, 1, 4), 'o': (2, 4, 8)}
+  keys = jax.random.split(jax.random.PRNGKey(0), len(flat))
+  grads = {name: jax.random.normal(key, (2, *flat[name])) for key, name in zip(keys, flat, strict=True)}
+  layers = {'layers': {name: x.reshape(2, *given[name]) for name, x in grads.items()}}
+  opt = optimizer(OptimConfig('muon', weight_decay=0.0, clip=0), 9)
+  tx = opt.make({k: jnp.float32(v) for k, v in opt.hparams.items()})
+  updates = jax.jit(tx.update)(layers, tx.init(layers), layers)[0]['layers']
+  for name, update in updates.items():
+    for matrix in np.asarray(update).reshape(2, *flat[name]):
+      singular = np.linalg.svd(matrix)[1]
+      assert singular.max() / singular.min() < 2, name  # nearly orthogonal
 
 
 def test_clipping_bounds_the_global_norm_and_zero_means_off():
@@ -125,6 +175,9 @@ def test_schedules(name):
   if name == 'wsd':
     assert (shape[10:76] == 1).all()
     assert shape[88] == pytest.approx(1 - 0.9 * (0.88 - 0.75) / 0.25, rel=1e-5)
+  if name == 'linear':
+    reference = optax.linear_schedule(1.0, 0.1, 90)
+    np.testing.assert_allclose(shape[10:], [reference(t - 10) for t in range(10, 101)], rtol=1e-5)
   if name == 'cosine':
     reference = optax.cosine_decay_schedule(1.0, 90, alpha=0.1)
     np.testing.assert_allclose(shape[10:], [reference(t - 10) for t in range(10, 101)], rtol=1e-5)

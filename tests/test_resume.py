@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from slm_jax import checkpoint, evaluate, losses, metrics, train
+from slm_jax.ledger import Ledger
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
 TIMES = ('seconds', 'tokens_per_second', 'mfu')  # the only things that may differ
@@ -105,24 +106,58 @@ def terminate_when(monkeypatch, target, name, nth=1):
   monkeypatch.setattr(target, name, wrapper)
 
 
-PHASES = {
-  'data': (train, 'open_data', 1),
-  'compile': (losses, 'gradient', 1),  # called while the step is traced
-  'eval': (evaluate, 'evaluate', 2),
-  'save': (checkpoint.Checkpoints, 'save', 2),
+def steps_taken(monkeypatch) -> list[int]:
+  """The steps that are taken from here on. A run that starts anew comes to the same end as one that goes on."""
+  original, steps = Ledger.add, []
+
+  def add(self, step, measured):
+    steps.append(step)
+    original(self, step, measured)
+
+  monkeypatch.setattr(Ledger, 'add', add)
+  return steps
+
+
+PHASES = {  # and the step that is saved
+  'data': (train, 'open_data', 1, None),
+  'compile': (losses, 'gradient', 1, 1),  # called while the step is traced
+  'eval': (evaluate, 'evaluate', 2, 10),
+  'save': (checkpoint.Checkpoints, 'save', 2, 10),
+  'between checkpoints': (Ledger, 'add', 14, 14),
 }
 
 
 @pytest.mark.parametrize('phase', PHASES)
 def test_sigterm_in_every_phase_saves_and_exits_42(phase, uninterrupted, tmp_path, monkeypatch):
-  workdir = seeded(uninterrupted, tmp_path)
+  workdir, (*when, last) = seeded(uninterrupted, tmp_path), PHASES[phase]
   with monkeypatch.context() as patch:
-    terminate_when(patch, *PHASES[phase])
+    terminate_when(patch, *when)
     assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
   assert json.loads((tiny.arm(workdir) / 'run.json').read_text())['status'] == 'preempted'
   assert not (tiny.arm(workdir) / 'DONE').exists()
+  assert max(checkpoint.saved(tiny.arm(workdir) / 'checkpoints'), default=None) == last
+  taken = steps_taken(monkeypatch)
   assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert taken == list(range((last or 0) + 1, 41))
   assert results(workdir) == results(uninterrupted)
+
+
+def test_the_loop_keeps_the_best_beside_the_last(uninterrupted, tmp_path, monkeypatch):
+  """Of evaluations with these losses, of which the fourth is interrupted."""
+  workdir, left = seeded(uninterrupted, tmp_path), [3.0, 1.0, 2.0, 2.0, 2.0]
+
+  def evaluated(measure, params, batches, poll):
+    if len(left) == 2 and not stopped:
+      stopped.append(signal.raise_signal(signal.SIGTERM))
+    poll()
+    return {'loss': left.pop(0)}
+
+  stopped, folder = [], tiny.arm(workdir) / 'checkpoints'
+  monkeypatch.setattr(evaluate, 'evaluate', evaluated)
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
+  assert checkpoint.saved(folder) == [10, 20, 30]
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert checkpoint.saved(folder) == [10, 30, 40]
 
 
 def test_the_best_is_known_to_the_next_process(tmp_path):
@@ -169,7 +204,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, un
   with monkeypatch.context() as patch:
     stop_at_step(patch, 30)
     assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
-  newest = max((tiny.arm(workdir) / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name))
+  *_, before, last = checkpoint.saved(tiny.arm(workdir) / 'checkpoints')
+  newest = tiny.arm(workdir) / 'checkpoints' / str(last)
   for path in [p for p in (newest / 'state').rglob('*') if p.is_file()]:
     if damage == 'truncate':
       os.truncate(path, path.stat().st_size // 2)
@@ -179,7 +215,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, un
       data = bytearray(path.read_bytes())
       data[len(data) // 2] ^= 1
       path.write_bytes(data)
+  taken = steps_taken(monkeypatch)
   assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+  assert taken[0] == before + 1
   assert (tiny.arm(workdir) / 'damaged' / f'checkpoints-{newest.name}').exists()
   assert results(workdir) == results(uninterrupted)
 

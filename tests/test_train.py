@@ -46,7 +46,7 @@ def family(tmp_path_factory):
     'cut': small(name='cut', model=smaller, transforms=(), init=InitConfig('teacher')),
     'both': small(
       name='both',
-      transforms=(Distill('teacher', weight=0.5), Prune(0.5, allocation='global', every=2), Ema(0.5)),
+      transforms=(Distill('distilled', weight=0.5), Prune(0.5, allocation='global', every=2), Ema(0.5)),
     ),
   }
   for name, config in arms.items():
@@ -91,6 +91,8 @@ def test_flops_charge_the_teacher(family):
   assert summary['parent_flops'] == run_json(workdir, 'teacher')['summary']['flops']
   assert summary['parameters'] == parameter_count(arms['distilled'].model)
   assert run_json(workdir, 'cut')['summary']['parent_flops'] == summary['parent_flops']
+  grandchild = run_json(workdir, 'both')['summary']
+  assert grandchild['parent_flops'] == summary['flops'] + summary['parent_flops']
 
 
 def test_a_cut_model_starts_where_its_parent_is_strong(family):

@@ -1,8 +1,10 @@
 """Populations are the same arms, only faster: equal to the arms alone, each with its own files, stop and resume."""
 
+import collections
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ from toy import toy_batch, toy_model
 
 from slm_jax import metrics, sharding, train
 from slm_jax.ablate import alike, population, program
-from slm_jax.checkpoint import load_model, saved
+from slm_jax.checkpoint import Checkpoints, load_model, saved
 from slm_jax.config import override, static, traced
 from slm_jax.distill.logits import Distill, distill
 from slm_jax.ema import Ema, ema
 from slm_jax.experiment import Config
+from slm_jax.ledger import Ledger
 from slm_jax.optim import OptimConfig, optimizer
 from slm_jax.prune.transform import Prune, prune
 from slm_jax.step import Resources, chain, init_state, make_step
@@ -73,6 +76,19 @@ def copy(root, tmp_path):
   return tmp_path
 
 
+def ranks(monkeypatch):
+  """{arm id: {step: loss}} of the checkpoints that are saved from here on with one, by which they are ranked."""
+  original, ranked = Checkpoints.save, collections.defaultdict(dict)
+
+  def save(self, step, state, record, loss):
+    if loss is not None:
+      ranked[self._folder.parent.name][step] = loss
+    original(self, step, state, record, loss)
+
+  monkeypatch.setattr(Checkpoints, 'save', save)
+  return ranked
+
+
 def stack(states, orders):
   """States as the state of a population, order by order."""
   together = jax.tree.map(lambda *x: jnp.stack(x).reshape(orders, -1, *x[0].shape), *states)
@@ -121,11 +137,24 @@ def test_groups_are_rectangular():
 # ------------------------------------------------------------------------------------------------- equal to alone
 
 
-def test_equal_to_the_arms_alone(root, alone, tmp_path):
+def test_equal_to_the_arms_alone(root, alone, tmp_path, monkeypatch):
   """And two arms among them whose loss does not stay finite stop by themselves."""
   workdir, arms = copy(root, tmp_path), sweep()
   bad = {f'bad-{s}': override(arms[f'0.01-{s}'], {'optim.learning_rate': 1e38}) for s in (0, 1)}
+  take = population.Prefetch.__next__
+
+  def slow(batches):
+    time.sleep(0.02)
+    return take(batches)
+
+  monkeypatch.setattr(population.Prefetch, '__next__', slow)
+  ranked, began = ranks(monkeypatch), time.perf_counter()
   assert population.run(arms | bad, workdir) == dict.fromkeys(arms, 0) | dict.fromkeys(bad, 1)
+  wall = time.perf_counter() - began
+  spent = [json.loads((workdir / 'arms' / arm_id / 'run.json').read_text())['summary'] for arm_id in arms]
+  assert sum(its['seconds'] + its['seconds_start'] for its in spent) <= wall
+  assert all(its['seconds_data'] >= STEPS * 0.02 / len(arms | bad) for its in spent)
+  assert all(its['seconds_start'] > 0 for its in spent)
   final = {}
   for arm_id in arms:
     np.testing.assert_allclose(losses(workdir, arm_id), alone[arm_id], rtol=0, atol=1e-5)
@@ -134,6 +163,10 @@ def test_equal_to_the_arms_alone(root, alone, tmp_path):
     for name in ('tokens', 'flops', 'parent_flops', 'floor', 'parameters'):
       assert ours['summary'][name] == theirs['summary'][name]
     assert (workdir / 'arms' / arm_id / 'samples.json').exists()
+    lines = metrics.read(workdir / 'arms' / arm_id / 'metrics.jsonl')
+    evaluated = {line['step']: line['loss'] for line in lines if line['kind'] == 'eval'}
+    lowest = {step: x for step, x in evaluated.items() if all(x < evaluated[s] for s in evaluated if s < step)}
+    assert ranked[arm_id] == lowest
     final[arm_id] = losses(workdir, arm_id)[-1], alone[arm_id][-1]
   assert sorted(arms, key=lambda a: final[a][0]) == sorted(arms, key=lambda a: final[a][1])
   for arm_id in bad:
@@ -245,6 +278,8 @@ def test_preempted_and_resumed(root, alone, tmp_path, monkeypatch):
   """By a population, and (one of its arms) alone; and a population goes on with what was begun alone."""
   workdir, arms = copy(root, tmp_path), sweep()
   interrupted(workdir, arms, monkeypatch)
+  add, taken = Ledger.add, set()
+  monkeypatch.setattr(Ledger, 'add', lambda self, step, measured: taken.add(step) or add(self, step, measured))
   assert train.run(arms['0.01-0'], workdir, '0.01-0') == 0
   left = {arm_id: config for arm_id, config in arms.items() if arm_id != '0.01-0'}
   for group in alike.groups(left):
@@ -254,6 +289,7 @@ def test_preempted_and_resumed(root, alone, tmp_path, monkeypatch):
     steps = [line['step'] for line in metrics.read(workdir / 'arms' / arm_id / 'metrics.jsonl')]
     assert steps == sorted(steps)
     assert steps.count(30) == 1
+  assert min(taken) == 26, 'none began anew'
 
 
 def test_arms_that_are_not_equally_far_go_on_apart(tmp_path):

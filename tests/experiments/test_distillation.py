@@ -1,5 +1,6 @@
 """The questions about distillation: their verdicts follow the numbers, and each can come out any way."""
 
+import collections
 import re
 
 import numpy as np
@@ -33,10 +34,13 @@ def losses(**by_name):
 @pytest.mark.parametrize('module', QUESTIONS)
 def test_arms_that_differ_in_seeds_only_are_one_population(module):
   arms = arms_of(module)
-  sizes = [len(group) for group in population.groups({arm.arm_id: arm.config for arm in arms})]
-  assert max(sizes) >= module.SEEDS
-  assert all(arm.name in {line.name for line in arms} for arm in arms)
-  assert module.BASELINE in {arm.name for arm in arms}
+  names = {arm.arm_id: arm.name for arm in arms}
+  groups = [collections.Counter(map(names.get, g)) for g in population.groups({a.arm_id: a.config for a in arms})]
+  sizes = {name: [group[name] for group in groups if name in group] for name in names.values()}
+  assert sizes[module.BASELINE] == [module.SEEDS]
+  shared = {name for name, size in sizes.items() if size == [1]}
+  assert all(size == [module.SEEDS] for name, size in sizes.items() if name not in shared)
+  assert all(name.startswith(('teacher', 'sft')) for name in shared)
 
 
 def test_kd_or_ce():
