@@ -68,6 +68,9 @@ class Pace(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- keys
 
 
+_LAYOUT = ('data_parallel', 'fsdp', 'tensor', 'spread_optimizer', 'spread_teacher')  # where arrays lie
+
+
 def shape_key(arm: Arm, arms: Mapping[str, Arm]) -> str:
   """A hash of all that the pace of an arm depends on. arms: of the whole sweep, for its teachers' shapes."""
   config = configs.static(arm.config)
@@ -81,7 +84,7 @@ def shape_key(arm: Arm, arms: Mapping[str, Arm]) -> str:
     **{name: plain[name] for name in ('model', 'optim', 'transforms')},
     'train': {**plain['train'], 'steps': 0},
     'data': {name: plain['data'][name] for name in ('seq_len', 'batch_size')},
-    'run': {name: plain['run'][name] for name in ('data_parallel', 'fsdp', 'tensor', 'prefetch')},
+    'run': {name: plain['run'][name] for name in (*_LAYOUT, 'prefetch')},
   }
   return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
 

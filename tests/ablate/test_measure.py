@@ -52,6 +52,15 @@ def test_arms_share_a_pace_exactly_if_their_programs_are_alike(change, shared):
   assert (keys[0] == keys[1]) == shared
 
 
+@pytest.mark.parametrize('name, shared', [('spread_teacher', False), ('spread_optimizer', False), ('wandb', True)])
+def test_so_do_launches_if_arrays_lie_alike(name, shared):
+  named, arms = sweep(TEACHER, TAUGHT)
+  arm = named['taught']
+  run = dataclasses.replace(arm.config.run, **{name: not getattr(arm.config.run, name)})
+  other = arm._replace(config=dataclasses.replace(arm.config, run=run))
+  assert (measure.shape_key(arm, arms) == measure.shape_key(other, arms)) == shared
+
+
 def lowered(job):
   """The text of a job's step and of its evaluation."""
   data = job.config.data
