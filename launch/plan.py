@@ -102,16 +102,16 @@ def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Uni
     for ids in [[arm_id for group in alike for arm_id in group]] if arms_per_job else alike:
       size = arms_per_job or (-(-len(ids) // workers) if workers else 1)
       parts += [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
-  names = {unit_name(plan.name, part): tuple(arm_id for arm_id in part if arm_id in missing) for part in parts}
-  home = {arm_id: name for name, part in names.items() for arm_id in part}
+  left = {unit_name(plan.name, part): tuple(arm_id for arm_id in part if arm_id in missing) for part in parts}
+  home = {arm_id: name for name, arms in left.items() for arm_id in arms}
   return [
     Unit(
       name,
-      part,
-      tuple(dict.fromkeys(home[p] for arm_id in part for p in missing[arm_id].parents.values() if p in home)),
+      arms,
+      tuple(dict.fromkeys(home[p] for arm_id in arms for p in missing[arm_id].parents.values() if p in home)),
     )
-    for name, part in names.items()
-    if part
+    for name, arms in left.items()
+    if arms
   ]
 
 

@@ -26,7 +26,7 @@ from slm_jax.files import write_text
 from slm_jax.preempt import EXIT_DONE
 
 QUEUE = ['sky', 'jobs', 'queue', '--skip-finished', '--all', '--output=json']  # without --all, the 50 latest
-NONE = 'No in-progress managed jobs'  # is an error of it, while no controller is up
+NO_JOBS = 'No in-progress managed jobs'  # an error of it, while no controller is up
 
 
 def define(values: flags.FlagValues) -> None:
@@ -103,7 +103,7 @@ def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, call: Call
 
 def _queued(found: cloud.Result) -> set[str]:
   """Names of the jobs that run or wait."""
-  if found.code and NONE in found.out + found.err:
+  if found.code and NO_JOBS in found.out + found.err:
     return set()
   require(found.code == 0, f'sky: {found.reason}')
   try:

@@ -152,7 +152,7 @@ def gradient(
   """Terms and gradient of the objective over `batch`, computed in `parts` slices of it along the leading axis.
 
   The gradient is that of the whole batch's objective: each slice's sums are divided by the counts of all slices, which
-  are computed first (the compiler drops all of that first pass but the masks).
+  are computed first (the compiler drops all of that first pass but the masks). Slices' gradients add up in float32.
 
   groups: of rows that stand together; each has a gradient of its own until the end, where they are added up. So if
   groups are spread over the devices of a mesh axis, whose name is `axis`, these talk once, however many parts there are
@@ -192,7 +192,7 @@ def gradient(
 
     def body(carry, part):
       terms, grads = of_all(part)
-      return (add(carry[0], terms), jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), carry[1], grads)), None
+      return (add(carry[0], terms), jax.tree.map(lambda so_far, g: so_far + g, carry[1], grads)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(of_all, first))
     (terms, grads), _ = jax.lax.scan(body, zeros, slices)

@@ -12,8 +12,7 @@ from slm_jax import losses
 from slm_jax.distill import signals
 from slm_jax.distill.cached import CachedDistill
 from slm_jax.distill.divergences import DIVERGENCES
-from slm_jax.distill.logits import Distill, SelfDistill, _moved
-from slm_jax.distill.logits import Moving as Target
+from slm_jax.distill.logits import Distill, Moving, SelfDistill, _moved
 from slm_jax.ema import follow
 from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig
@@ -140,9 +139,9 @@ def test_taids_target_is_between_student_and_teacher_and_a_constant():
 
 
 def test_taids_target_hurries_where_the_loss_falls():
-  first = _moved(Target(jnp.float32(0.3), jnp.float32(0), jnp.float32(0)), jnp.float32(2), 0.3, 0.0)
+  first = _moved(Moving(jnp.float32(0.3), jnp.float32(0), jnp.float32(0)), jnp.float32(2), 0.3, 0.0)
   assert first.t == pytest.approx(0.3 + 5e-4 * 0.5 * 0.7)
-  falls = _moved(Target(jnp.float32(0.6), jnp.float32(2), jnp.float32(0)), jnp.float32(1), 0.3, 0.0)
+  falls = _moved(Moving(jnp.float32(0.6), jnp.float32(2), jnp.float32(0)), jnp.float32(1), 0.3, 0.0)
   assert falls.momentum == pytest.approx(0.01 * 0.5)
   assert falls.t == pytest.approx(0.6 + 5e-4 / (1 + np.exp(-0.005)) * 0.4)
   assert _moved(falls, jnp.float32(1), 0.3, 0.9).t == pytest.approx(0.93)  # the line from 0.3 to 1
