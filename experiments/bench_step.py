@@ -5,7 +5,7 @@
 A step is forward, backward, clipping and AdamW on a batch of random tokens that lies on the device. MFU is
 `flops_per_token` (causal attention counted half) over the float32 matmul rate measured in the same process. PyTorch, if
 it is installed, runs the same architecture with its fused attention and fused AdamW (bench_torch.py), eagerly and,
-where there is a C++ compiler, by torch.compile; 'of torch' is against the faster one.
+where there is a C++ compiler, by torch.compile; 'of torch' is against the faster one of the same dtype.
 
 Every contestant is a process of its own. They take turns, a few steps each, so that a busy machine slows all of them;
 reported is each one's fastest step, and the ratio of those. No step of one overlaps a step of another.
@@ -36,7 +36,7 @@ CASES = {
 TORCH = ('torch', 'torch-compile')
 
 _CASES = flags.DEFINE_list('cases', ['0.8m', '10.7m'], f'of {", ".join(CASES)}')
-_DTYPES = flags.DEFINE_list('dtypes', ['float32'], 'of float32, bfloat16 (PyTorch runs in float32 only)')
+_DTYPES = flags.DEFINE_list('dtypes', ['float32'], 'of float32, bfloat16')
 _ROUNDS = flags.DEFINE_integer('rounds', 12, 'turns of each contestant', lower_bound=1)
 _SECONDS = flags.DEFINE_float('seconds', 1.0, 'length of a turn, about')
 _TORCH = flags.DEFINE_enum('torch', 'auto', ['auto', 'yes', 'no'], 'compare with PyTorch')
@@ -52,7 +52,7 @@ def jax_step(case: dict[str, int], dtype: str) -> tuple[Any, dict[str, Any]]:
   import jax
   import numpy as np
 
-  from slm_jax import perf
+  from slm_jax import perf, sharding
   from slm_jax.model import decoder
   from slm_jax.model.config import ModelConfig
   from slm_jax.model.flops import flops_per_token, parameter_count
@@ -75,7 +75,8 @@ def jax_step(case: dict[str, int], dtype: str) -> tuple[Any, dict[str, Any]]:
     positions='learned',
     dtype=dtype,
   )
-  model, optim = decoder.build(config), optimizer(OptimConfig(), 1000)
+  devices = sharding.devices(sharding.make_mesh(1, 1, 1), False)
+  model, optim = decoder.build(config, devices), optimizer(OptimConfig(), 1000)
   tokens = np.random.default_rng(0).integers(0, case['vocab'], (b, t + 1)).astype(np.int32)
   ones = np.ones((b, t))
   batch = jax.device_put(
@@ -112,7 +113,7 @@ def work(spec: str) -> None:
   if engine in TORCH:
     from experiments.bench_torch import torch_step
 
-    step, facts = torch_step(CASES[case], engine == 'torch-compile')
+    step, facts = torch_step(CASES[case], dtype, engine == 'torch-compile')
   else:
     step, facts = jax_step(CASES[case], dtype)
   for _ in range(3):
@@ -166,7 +167,8 @@ def table(rows: list[dict[str, Any]]) -> str:
   head = ('case', 'engine', 'dtype', 'step ms', 'median', 'tokens/s', 'MFU', 'compile s', 'peak MiB', 'of torch')
   lines = [head]
   for r in rows:
-    baseline = max((o['tokens_per_second'] for o in rows if o['case'] == r['case'] and o['engine'] in TORCH), default=0)
+    alike = (o for o in rows if (o['case'], o['dtype']) == (r['case'], r['dtype']) and o['engine'] in TORCH)
+    baseline = max((o['tokens_per_second'] for o in alike), default=0)
     lines.append(
       (
         r['case'],
@@ -199,7 +201,7 @@ def main(argv: list[str]) -> None:
   engines = [engine for engine in TORCH if with_torch and (engine == 'torch' or shutil.which('g++'))]
   rows = []
   for case in _CASES.value:
-    specs = [f'jax:{case}:{dtype}' for dtype in _DTYPES.value] + [f'{engine}:{case}:float32' for engine in engines]
+    specs = [f'{engine}:{case}:{dtype}' for dtype in _DTYPES.value for engine in ['jax', *engines]]
     rows += compare(specs, _ROUNDS.value, _SECONDS.value)
   print(table(rows))
   out = Path(_OUT.value)

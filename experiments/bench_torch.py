@@ -50,8 +50,8 @@ class Gpt(nn.Module):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def torch_step(case: dict[str, int], compiled: bool) -> tuple[Callable[[], float], dict[str, Any]]:
-  """(a function that takes one step, facts about it). compiled: by torch.compile, which needs a C++ compiler."""
+def torch_step(case: dict[str, int], dtype: str, compiled: bool) -> tuple[Callable[[], float], dict[str, Any]]:
+  """(a function that takes one step, facts about it). bfloat16 is autocast's; torch.compile needs a C++ compiler."""
   torch.manual_seed(0)
   model = Gpt(case)
   matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -63,7 +63,8 @@ def torch_step(case: dict[str, int], compiled: bool) -> tuple[Callable[[], float
   inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
   def step():
-    loss = loss_of(inputs, targets)
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+      loss = loss_of(inputs, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

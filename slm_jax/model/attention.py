@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slm_jax.model.ops import wide_product
+from slm_jax.model.products import ANYWHERE, Products
 
 
 def document_starts(segments_BT: jax.Array) -> jax.Array:
@@ -22,7 +22,13 @@ def document_starts(segments_BT: jax.Array) -> jax.Array:
 
 
 def attention(
-  q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, low_BT: jax.Array, high_BT: jax.Array, scale: float
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  low_BT: jax.Array,
+  high_BT: jax.Array,
+  scale: float,
+  products: Products = ANYWHERE,
 ) -> jax.Array:
   """softmax(scale * q k^T) v over the slots low..high of each query; float32 softmax; returns [B,T,H,K].
 
@@ -37,13 +43,19 @@ def attention(
   width, out = t // blocks, []
   for end in range(width, t + 1, width):
     rows, keys = slice(end - width, end), slice(0, end if blocks > 1 else s)
-    part = _attend(q_BTHK[:, rows] * scale, k_BSGK[:, keys], v_BSGK[:, keys], low_BT[:, rows], high_BT[:, rows])
+    seen = k_BSGK[:, keys], v_BSGK[:, keys], low_BT[:, rows], high_BT[:, rows]
+    part = _attend(products, q_BTHK[:, rows] * scale, *seen)
     out.append(part)
   return jnp.concatenate(out, axis=1) if blocks > 1 else out[0]
 
 
 def _attend(
-  q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, low_BT: jax.Array, high_BT: jax.Array
+  products: Products,
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  low_BT: jax.Array,
+  high_BT: jax.Array,
 ) -> jax.Array:
   """One block. The mask is added, and the division comes last, on the smaller array: fewer passes over the scores."""
   (b, t, h, k), (s, g) = q_BTHK.shape, k_BSGK.shape[1:3]
@@ -55,12 +67,13 @@ def _attend(
   q_BGRTK = jnp.moveaxis(q_BTHK.reshape(b, t, g, r, k), 1, 3)
   k_BGSK, v_BGSK = jnp.moveaxis(k_BSGK, 1, 2), jnp.moveaxis(v_BSGK, 1, 2)
   # The R heads and T queries of a group are the rows of one matrix product.
-  scores_BGNS = wide_product('bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK)
+  scores_BGNS = products.wide('bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK)
   scores_BGRTS = scores_BGNS.reshape(b, g, r, t, s) + bias_B11TS
   peak_BGRT1 = jax.lax.stop_gradient(scores_BGRTS.max(-1, keepdims=True))
   weights_BGRTS = jnp.exp(scores_BGRTS - peak_BGRT1)
   total_BGRT = weights_BGRTS.sum(-1)
-  z_BGNK = jnp.einsum('bgns,bgsk->bgnk', weights_BGRTS.reshape(b, g, r * t, s).astype(v_BSGK.dtype), v_BGSK)
+  weights_BGNS = weights_BGRTS.reshape(b, g, r * t, s).astype(v_BSGK.dtype)
+  z_BGNK = products.narrow('bgns,bgsk->bgnk', weights_BGNS, v_BGSK)
   z_BGRTK = z_BGNK.reshape(b, g, r, t, k) / total_BGRT[..., None].astype(v_BSGK.dtype)
   return jnp.moveaxis(z_BGRTK, 3, 1).reshape(b, t, h, k)
 

@@ -25,6 +25,7 @@ from slm_jax.model.api import Batch, Feature, Features, Model, Params
 from slm_jax.model.attention import Cache, attention, document_starts
 from slm_jax.model.config import ModelConfig
 from slm_jax.model.fused import Attend, Devices, attend_by
+from slm_jax.model.products import ANYWHERE, Products
 
 # ------------------------------------------------------------------------------------------------------ parameters
 
@@ -155,6 +156,7 @@ def layer(
   index: jax.Array,
   places: tuple[Place, Place | None],
   attend: Attend | None = None,
+  products: Products = ANYWHERE,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """Attention and MLP, each of a norm of the residual stream x and added to it.
 
@@ -164,7 +166,7 @@ def layer(
   """
   c = config
   norm = functools.partial(_norm, c, w)
-  linear = functools.partial(_linear, c, w)
+  linear = functools.partial(_linear, c, w, products)
   place, local = places
   is_global = (index + 1) % c.global_every == 0
   if local is not None:
@@ -186,7 +188,7 @@ def layer(
   if attend is not None:
     z_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, is_global)
   else:
-    z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale)
+    z_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, place.low_BT, place.high_BT, c.query_scale, products)
   o_BTD = linear('o', z_BTHK, 2)
   x_BTD += norm('attn_post_norm', o_BTD) if c.post_norms else o_BTD
 
@@ -207,9 +209,9 @@ def _norm(config: ModelConfig, w: Params, name: str, x: jax.Array) -> jax.Array:
   return ops.rms_norm(x, scale, config.norm_eps)
 
 
-def _linear(config: ModelConfig, w: Params, name: str, x: jax.Array, n_in: int = 1) -> jax.Array:
+def _linear(config: ModelConfig, w: Params, products: Products, name: str, x: jax.Array, n_in: int = 1) -> jax.Array:
   """x times the weights of `name`, over its last n_in axes; plus its tap, whose gradient is the product's cotangent."""
-  y = ops.linear(x, w[name], n_in)
+  y = ops.linear(x, w[name], n_in, products)
   y = y + w[f'{name}_tap'] if f'{name}_tap' in w else y
   return y + ops.along(w[f'{name}_bias'].astype(x.dtype), y) if config.bias else y
 
@@ -222,6 +224,7 @@ def _layers(
   places: tuple[Place, Place | None],
   kinds: Sequence[str],
   attend: Attend | None,
+  products: Products,
   stream: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
   """All layers, by a scan over the leading axis of their weights, recomputed in the backward pass as `remat` says.
@@ -233,7 +236,7 @@ def _layers(
 
   def body(carry, one):
     x_BTD, cache = carry
-    x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places, attend)
+    x_BTD, cache, made = layer(config, one[0], x_BTD, cache, one[1], places, attend, products)
     return (stream(x_BTD), cache), {kind: made[kind] for kind in kinds}
 
   if config.remat != 'none':
@@ -304,6 +307,7 @@ class Decoder(nn.Module):
     attend = attend_by(c, self.devices, documents_BT, *tokens_BT.shape) if cache is None else None
     slot_BT = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.used)
     told = self.devices if cache is None else None
+    products = told.products() if told else ANYWHERE
     stream = (told and told.stream) or (lambda x_BTD: x_BTD)
     embedded = (told and told.embedded) or (lambda look_up, tokens_BT: look_up(tokens_BT))
     table = self.weights['embed']
@@ -315,7 +319,7 @@ class Decoder(nn.Module):
     places = _places(c, slot_BT, start_BT)
     embedded_BTD, kinds = x_BTD, sorted({feature.kind for feature in wanted if feature.layer})
     weights = {**self.weights['layers'], **self.variables['params'].get('taps', {})}
-    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds, attend, stream)
+    x_BTD, cache, made = _layers(c, weights, x_BTD, cache, places, kinds, attend, products, stream)
     features = {f: made[f.kind][f.layer - 1] if f.layer else embedded_BTD for f in wanted}
     if cache is not None:
       cache = cache._replace(used=cache.used + tokens_BT.shape[1])
@@ -323,7 +327,7 @@ class Decoder(nn.Module):
 
   def head(self, x: jax.Array) -> jax.Array:
     """x_...D -> float32 logits_...V, soft-cap included. In muP they are divided by r, which is cheaper done to x."""
-    return _unembed(self.config, _unembedding(self.config, self.weights), x)
+    return _unembed(self.config, self.devices, _unembedding(self.config, self.weights), x)
 
 
 def _unembedding(config: ModelConfig, params: Params) -> jax.Array:
@@ -331,8 +335,9 @@ def _unembedding(config: ModelConfig, params: Params) -> jax.Array:
   return params['embed']['tokens'] if config.tied else params['head'].T
 
 
-def _unembed(config: ModelConfig, table_VD: jax.Array, x: jax.Array) -> jax.Array:
-  return ops.unembed(x if config.width_ratio == 1 else x / config.width_ratio, table_VD, config.softcap)
+def _unembed(config: ModelConfig, devices: Devices | None, table_VD: jax.Array, x: jax.Array) -> jax.Array:
+  x = x if config.width_ratio == 1 else x / config.width_ratio
+  return ops.unembed(x, table_VD, config.softcap, devices.products() if devices else ANYWHERE)
 
 
 def apply(config: ModelConfig, params: Params, *args: Any, method: str, devices: Devices | None = None) -> Any:
@@ -354,7 +359,7 @@ def build(config: ModelConfig, devices: Devices | None = None) -> Model:
     return apply(config, params, batch['inputs'], batch.get('segments'), method='hidden', devices=devices)
 
   def head(params: Params, x: jax.Array) -> jax.Array:
-    return apply(config, params, x, method='head')
+    return apply(config, params, x, method='head', devices=devices)
 
   def features(params: Params, batch: Batch, wanted: Sequence[Feature]) -> tuple[jax.Array, Features]:
     for kind, layer in wanted:
@@ -376,6 +381,6 @@ def in_blocks(model: Model, width: int) -> Model:
     return model
 
   def head(params: Params, x: jax.Array) -> vocabulary.Logits:
-    return vocabulary.blocks(lambda rows_WD: _unembed(config, rows_WD, x), _unembedding(config, params), width)
+    return vocabulary.blocks(lambda rows_WD: _unembed(config, None, rows_WD, x), _unembedding(config, params), width)
 
   return model._replace(head=head)

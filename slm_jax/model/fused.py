@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from slm_jax.config import ConfigError
 from slm_jax.model.config import ModelConfig
+from slm_jax.model.products import ANYWHERE, IN_ROWS, Products
 
 Kernel = Literal['reference', 'splash', 'cudnn']
 
@@ -55,6 +56,11 @@ class Devices(NamedTuple):
       return 1, 1
     rows = int(np.prod([self.mesh.shape[axis] for axis in self.rows]))
     return rows, self.mesh.shape[self.heads] if self.heads else 1
+
+  def products(self) -> Products:
+    """How matrix products are done here."""
+    alone = self.mesh is None or self.mesh.size == 1
+    return IN_ROWS if self.platform == 'cpu' and alone else ANYWHERE
 
 
 def choose(config: ModelConfig, devices: Devices | None, b: int, t: int) -> Kernel:

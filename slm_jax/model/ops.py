@@ -9,13 +9,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from slm_jax.model.products import ANYWHERE, Products
+
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, scale: float, dtype: str) -> jax.Array:
   """Rows of the table times `scale`: x_BTD in `dtype`. A token beyond the vocabulary gives NaN, not another one."""
   return jnp.take(table_VD, tokens_BT, axis=0, mode='fill').astype(dtype) * scale
 
 
-def linear(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array, n_in: int = 1, products: Products = ANYWHERE) -> jax.Array:
   """Contracts the last `n_in` axes of x with the first of w.
 
   As one matrix product of all tokens with all outputs: XLA's CPU backend turns a product with more axes into strided
@@ -23,46 +25,15 @@ def linear(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
   """
   rows, inside, outside = x.shape[: x.ndim - n_in], w.shape[:n_in], w.shape[n_in:]
   x_NI = x.reshape(math.prod(rows), math.prod(inside))
-  w_IO = w.astype(x.dtype).reshape(math.prod(inside), math.prod(outside))
-  return (x_NI @ w_IO).reshape(*rows, *outside)
+  w_IO = w.reshape(math.prod(inside), math.prod(outside))
+  return products.narrow('ni,io->no', x_NI, w_IO).reshape(*rows, *outside)
 
 
-def unembed(x: jax.Array, table_VD: jax.Array, softcap: float) -> jax.Array:
+def unembed(x: jax.Array, table_VD: jax.Array, softcap: float, products: Products = ANYWHERE) -> jax.Array:
   """x_...D -> float32 logits_...V; with a soft-cap c: c * tanh(logits / c)."""
   x_ND = x.reshape(-1, x.shape[-1])
-  logits = wide_product('nd,vd->nv', x_ND, table_VD).reshape(*x.shape[:-1], table_VD.shape[0])
+  logits = products.wide('nd,vd->nv', x_ND, table_VD).reshape(*x.shape[:-1], table_VD.shape[0])
   return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-
-def wide_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """einsum(spec, a, b) in float32, of b in the dtype of a; every index of `spec` is in two of its three terms or all.
-
-  Products of its gradient have operands of that dtype too. By itself the float32 cotangent would make them products of
-  float32, which an accelerator does at half the speed or less.
-  """
-  product = _wide if a.dtype == jnp.float32 else _wide_by_narrow
-  return product(spec, a, b)
-
-
-def _wide(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
-
-
-_wide_by_narrow = jax.custom_vjp(_wide, nondiff_argnums=(0,))
-
-
-def _pull(spec: str, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-  (a, b), (inputs, output) = saved, spec.split('->')
-  of_a, of_b = inputs.split(',')
-  # Once, before both products: XLA's GPU compiler would leave it to each of them, and write and read float32.
-  cotangent = jax.lax.optimization_barrier(cotangent.astype(a.dtype))
-  return (
-    _wide(f'{output},{of_b}->{of_a}', cotangent, b).astype(a.dtype),
-    _wide(f'{output},{of_a}->{of_b}', cotangent, a).astype(b.dtype),
-  )
-
-
-_wide_by_narrow.defvjp(lambda spec, a, b: (_wide(spec, a, b), (a, b)), _pull)
 
 
 def along(vector: jax.Array, x: jax.Array) -> jax.Array:
