@@ -20,8 +20,8 @@ class OptimConfig:
   decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'
   final: float = 0.1  # learning rate at the end, as a share of the peak
   weight_decay: float = setting(0.1, traced=True)  # of matrices only: not norms, biases
-  b1: float = 0.9
-  b2: float = 0.95
+  b1: float = 0.9  # of adamw, and of muon for what is no matrix; adafactor has none of these three
+  b2: float = 0.95  # and muon's momentum
   eps: float = 1e-8
   clip: float = setting(1.0, traced=True)  # largest global norm of a gradient; 0: no clipping
 

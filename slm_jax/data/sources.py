@@ -8,9 +8,9 @@
     'folder', 'a/**/*.md'  all such files, by name
     'hf:NAME[:CONFIG]'   a data set of the Hugging Face hub, or of a local folder
 
-Splits: files (or a hub's splits) named train*, valid* and test* are what they say, and then other files are left out.
-Otherwise the last `valid_fraction` of the documents is the valid split, or, of a single document, of its characters.
-With `valid_sources`, the sources are for training whole.
+Splits: where one of the files (or a hub's splits) is named train*, it and those named valid* and test* are what they
+say, and other files are left out. Otherwise the last `valid_fraction` of the documents is the valid split, or, of a
+single document, of its characters. With `valid_sources`, the sources are for training whole.
 """
 
 import difflib

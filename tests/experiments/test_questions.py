@@ -8,7 +8,7 @@ from fakes import arms_of, summary
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import kd_weight, lr_and_width, tokens_vs_parameters
+from experiments import kd_weight, low_precision, lr_and_width, tokens_vs_parameters
 from launch import cli
 from slm_jax.ablate import population
 from slm_jax.ablate.results import Row
@@ -16,7 +16,7 @@ from slm_jax.ablate.scaling import Chinchilla
 from slm_jax.config import flatten
 from slm_jax.model.flops import parameter_count
 
-QUESTIONS = (lr_and_width, kd_weight, tokens_vs_parameters)
+QUESTIONS = (lr_and_width, kd_weight, low_precision, tokens_vs_parameters)
 
 
 def rows_of(module, loss, **more):
@@ -180,3 +180,21 @@ def test_one_learning_rate_rule_for_all_widths():
   slopes = np.diff(np.log(list(rates.values()))) / np.diff(np.log(list(rates)))
   assert np.ptp(slopes) == pytest.approx(0, abs=1e-9)
   assert slopes[0] < 0
+
+
+# --------------------------------------------------------------------------------------------------- low_precision
+
+
+@pytest.mark.parametrize(
+  'low,all_low,expected',
+  [
+    (1.001, 1.05, ['REPRODUCED', 'REPRODUCED']),
+    (1.05, 1.001, ['NOT REPRODUCED', 'NOT REPRODUCED']),
+  ],
+)
+def test_what_low_precision_costs_is_read_off_the_losses(low, all_low, expected):
+  def loss(config, rng):
+    at = {('float32', 'float32'): 1.0, ('bfloat16', 'float32'): low, ('bfloat16', 'bfloat16'): all_low}
+    return at[config.model.dtype, config.model.param_dtype] + 1e-4 * rng.normal()
+
+  assert verdicts(low_precision, loss) == expected
