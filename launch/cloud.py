@@ -212,6 +212,12 @@ def is_done(plan: Plan, unit: Unit, patience: float = 0) -> bool:
     time.sleep(min(2, patience))
 
 
+def can_start(plan: Plan, unit: Unit) -> bool:
+  """Whether all that one of its arms builds on is done. Of the others its worker says that they are blocked."""
+  parents = [arm.parents.values() for arm in plan.arms if arm.arm_id in unit.arms]
+  return any(all(workdirs.is_done(plan.workdir, parent) for parent in its) for its in parents)
+
+
 def why(plan: Plan, unit: Unit) -> str:
   """What the arms of a unit that are not done say in their run.json."""
   said = []

@@ -118,14 +118,14 @@ def _follow(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, cluste
       time.sleep(POLL)
       continue
     for unit in (unit for unit in units if unit.name not in ended):
-      outcome = None
+      outcome, parents = None, [ended.get(parent) for parent in unit.after]
       if unit.name in applied:
         outcome = _outcome(plan, unit, states.get(cloud.job_name(plan, unit), ('', '')))
-      elif any(ended.get(parent) is False for parent in unit.after):
+      elif None not in parents and not all(parents) and not cloud.can_start(plan, unit):
         outcome = False, 'blocked, what it builds on failed'
       elif options.fail_fast and not all(ended.values()):
         outcome = False, 'not started, another one failed'
-      elif all(ended.get(parent) for parent in unit.after):
+      elif None not in parents:
         cluster.start(manifest(plan, unit, options), states)
         applied.add(unit.name)
         print(f'{unit.name}: applied as {cloud.job_name(plan, unit)}')

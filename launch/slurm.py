@@ -1,7 +1,7 @@
 """The engine 'slurm': job arrays of a Slurm cluster, and one small job at the end that writes the report.
 
-A unit is a task of an array. Units that wait for the same parents are one array, with --dependency=afterok on exactly
-the tasks that train those parents: what fails stops what builds on it, and nothing else. A task starts its worker by
+A unit is a task of an array. Units that wait for the same parents are one array, with --dependency on exactly the tasks
+that train those parents: what fails stops what builds on it, and nothing else. A task starts its worker by
 srun, so that a SIGTERM reaches it once (the warning before the time limit, scancel --signal=TERM, a preemption), and
 puts itself back into the queue when the worker ended with 42 or was killed. The scripts are in WORKDIR/slurm, beside a
 record of which task has which arms; the logs are in WORKDIR/logs.
@@ -198,13 +198,15 @@ def jobs(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, there: Ma
     rest = tuple(arm_id for arm_id in unit.arms if arm_id not in there)
     if rest:
       alike.setdefault(unit.after, []).append(unit._replace(arms=rest))
+  # Of a bundle some may fail, so its end must do: the worker of what builds on it looks whose parents are done.
+  bundles = any(unit.arms[1:] for unit in units) or len(set(there.values())) < len(there)
   found = []
   for after, members in alike.items():
     parents = dict.fromkeys(task for name in after for task in tasks[name])
     for part in (members[i : i + LARGEST] for i in range(0, len(members), LARGEST)):
       arms = tuple(unit.arms for unit in part)
       name = job_name(plan, *(','.join(ids) for ids in arms))
-      waits = ':'.join(['afterok', *parents]) if parents else ''
+      waits = ':'.join(['afterany' if bundles else 'afterok', *parents]) if parents else ''
       found.append(Job(name, array_script(plan, name, arms, options), arms, waits))
       for task, unit in enumerate(part):
         tasks[unit.name].append(f'{{{name}}}_{task}')

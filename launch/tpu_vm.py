@@ -118,7 +118,7 @@ def _run_units(plan: Plan, units: Sequence[Unit], its: 'Slice', code: Path, opti
   failed: set[str] = set()
   for unit in units:
     blocked = [name for name in unit.after if name in failed]
-    if blocked:
+    if blocked and not cloud.can_start(plan, unit):
       print(f'{unit.name}: blocked, {", ".join(blocked)} failed')
     elif _run_unit(plan, unit, its, remote(plan, unit, code, options), options.tpu_vm_restarts):
       print(f'{unit.name}: done')

@@ -10,7 +10,8 @@ from typing import Any
 from fakes import arms_of, experiment
 
 from launch import cli
-from launch.plan import Plan, Unit
+from launch.plan import Plan, Unit, units
+from slm_jax.distill.logits import Distill
 
 ONE, TWO = '0123456789ab', 'ba9876543210'
 PARENT = Unit('tiny-0123456789ab', (ONE,))
@@ -22,6 +23,14 @@ def plan_on(share: Path | str, options: Sequence[str] = (), sweep: Any = None) -
   """A plan whose workdir is `share`/tiny. Its units in tests are `UNITS`, whose ids never change."""
   module = experiment(sweep=sweep or [{'data.batch_size': 32}])
   return Plan(module, Path(share) / 'tiny', arms_of(module), list(options), 'base')
+
+
+def bundles(plan: Plan) -> tuple[Plan, list[Unit]]:
+  """The plan with two teachers, and a student of each; its units, two arms each."""
+  student = {'name': 'student', 'transforms': (Distill('teacher'),)}
+  sweep = [{'seed': seed, **arm} for seed in (0, 1) for arm in ({'name': 'teacher', 'model.n_layers': 3}, student)]
+  plan = plan._replace(arms=arms_of(experiment(sweep=sweep)))
+  return plan, units(plan, 2)
 
 
 def options_of(*argv: str) -> Any:

@@ -46,8 +46,7 @@ elif 'apply' in words:
   what = state['then'].pop(0)
   if not what.get('gone'):
     state['sets'][name] = what.get('condition', ['', ''])
-  if what.get('finish', True):
-    finish(arms.removeprefix('--arm=').split(','))
+  finish(arms.removeprefix('--arm=').split(',')[: what.get('finish')])
 elif 'delete' in words:
   state['sets'].pop(words[words.index('jobset') + 1])
 leave()
@@ -234,7 +233,7 @@ def test_a_failed_jobset_is_told_and_blocks_its_children(scene):
   run = scene.plan.workdir / 'arms' / ONE / 'run.json'
   run.parent.mkdir(parents=True)
   run.write_text(json.dumps({'status': 'failed', 'error': 'no such file'}))
-  failed = {'finish': False, 'condition': ['Failed', 'jobset failed due to\nPodFailurePolicy']}
+  failed = {'finish': 0, 'condition': ['Failed', 'jobset failed due to\nPodFailurePolicy']}
   code, out, seen = scene.run(then=[failed])
   assert code == 1
   assert len(seen) == 1
@@ -242,9 +241,18 @@ def test_a_failed_jobset_is_told_and_blocks_its_children(scene):
   assert f'{CHILD.name}: blocked' in out
 
 
+@pytest.mark.parametrize('finished, built_upon', [(0, False), (1, True)])
+def test_of_a_bundle_that_failed_what_is_done_is_built_upon(scene, finished, built_upon):
+  scene.plan, (teachers, students) = clouds.bundles(scene.plan)
+  code, out, seen = scene.run([teachers, students], then=[{'finish': finished, 'condition': ['Failed', '']}, {}])
+  assert code == 1
+  assert len(seen) == 1 + built_upon
+  assert (f'{students.name}: done' in out, f'{students.name}: blocked' in out) == (built_upon, not built_upon)
+
+
 def test_others_go_on_after_a_failure_unless_told_otherwise(scene):
   other = PARENT._replace(name='tiny-other', arms=(TWO,))
-  failed = {'finish': False, 'condition': ['Failed', '']}
+  failed = {'finish': 0, 'condition': ['Failed', '']}
   code, out, seen = scene.run([PARENT, other], then=[failed, {}])
   assert (code, len(seen)) == (1, 2)
   assert 'tiny-other: done' in out
@@ -254,7 +262,7 @@ def test_fail_fast_applies_nothing_more(scene):
   scene.options.fail_fast = True
   other = PARENT._replace(name='tiny-other', arms=(TWO,))
   after = CHILD._replace(after=(other.name,))
-  failed = {'finish': False, 'condition': ['Failed', '']}
+  failed = {'finish': 0, 'condition': ['Failed', '']}
   code, out, seen = scene.run([PARENT, other, after], then=[failed, {}])
   assert code == 1
   assert seen == [f'apply {scene.name(PARENT)}', f'apply {scene.name(other)}']
@@ -262,14 +270,14 @@ def test_fail_fast_applies_nothing_more(scene):
 
 
 def test_results_that_do_not_appear_here_are_an_error(scene):
-  code, out, _ = scene.run([PARENT], then=[{'finish': False, 'condition': ['Completed', '']}])
+  code, out, _ = scene.run([PARENT], then=[{'finish': 0, 'condition': ['Completed', '']}])
   assert code == 1
   assert 'ended well' in out
   assert 'does not hold its results' in out
 
 
 def test_a_jobset_that_is_gone_without_results_is_an_error(scene):
-  code, out, _ = scene.run([PARENT], then=[{'finish': False, 'gone': True}])
+  code, out, _ = scene.run([PARENT], then=[{'finish': 0, 'gone': True}])
   assert code == 1
   assert 'its JobSet is gone' in out
 
@@ -298,7 +306,7 @@ def test_ctrl_c_leaves_the_jobsets_alone(scene, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(gke.time, 'sleep', interrupted)
-  code, out, seen = scene.run(then=[{'finish': False}])
+  code, out, seen = scene.run(then=[{'finish': 0}])
   assert code == 42
   assert seen == [f'apply {scene.name(PARENT)}']
   assert 'what was applied goes on; launch again' in out

@@ -93,6 +93,16 @@ def test_exit_1_of_the_worker_stops_it_and_what_builds_on_it_and_says_why(scene)
   assert f'{CHILD.name}: blocked, {PARENT.name} failed' in out
 
 
+@pytest.mark.parametrize('finished, built_upon', [(0, False), (1, True)])
+def test_of_a_bundle_that_failed_what_is_done_is_built_upon(scene, finished, built_upon):
+  scene.plan, (teachers, students) = clouds.bundles(scene.plan)
+  failed = {'code': 101, 'done': teachers.arms[:finished]}
+  code, out, verbs = scene.run([teachers, students], creates=[SOON], sshs=[failed, {'done': students.arms}])
+  assert code == 1
+  assert verbs.count('ssh') == 1 + built_upon
+  assert (f'{students.name}: done' in out, f'{students.name}: blocked' in out) == (built_upon, not built_upon)
+
+
 def test_exit_1_of_gcloud_itself_is_not_the_workers(scene):
   code, _, verbs = scene.run([PARENT], creates=[SOON], sshs=[{'code': 1}, {'code': 75}, DONE[0]])
   assert code == 0
