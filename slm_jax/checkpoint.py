@@ -53,6 +53,7 @@ class Checkpoints:
   def __init__(self, folder: Path, keep: int, log: Callable[[str], None]):
     policies = ocp.checkpoint_managers
     self._folder, self._log = folder, log
+    distributed.on_main(self._check_losses)
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       item_handlers={'state': _arrays(), 'record': ocp.JsonCheckpointHandler()},
@@ -123,6 +124,16 @@ class Checkpoints:
     distributed.on_main(self._set_aside, step, fault)
     self._manager.reload()
     return None
+
+  def _check_losses(self) -> None:
+    """Orbax reads the loss of each checkpoint when it starts, and ends at one that cannot be read."""
+    for step in saved(self._folder):
+      path = self._folder / str(step) / 'metrics' / 'metrics'
+      try:
+        if path.exists():
+          float(json.loads(path.read_text())['loss'])
+      except (OSError, ValueError, KeyError, TypeError) as error:
+        self._set_aside(step, f'its loss: {_first_line(error)}')
 
   def _set_aside(self, step: int, fault: str) -> None:
     target = self._folder.parent / 'damaged' / f'{self._folder.name}-{step}'

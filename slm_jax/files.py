@@ -1,4 +1,4 @@
-"""Small atomic files, and how a full disk shows."""
+"""Paths, small atomic files, and how a full disk shows."""
 
 import contextlib
 import errno
@@ -11,6 +11,14 @@ from typing import Any
 from slm_jax.config import ConfigError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # as the errno of an OSError
+
+
+def expanded(path: str) -> Path:
+  """With a leading ~ or ~user replaced; ConfigError if there is no such user."""
+  try:
+    return Path(path).expanduser()
+  except RuntimeError:
+    raise ConfigError(f'{path}: no such user') from None
 
 
 @contextlib.contextmanager

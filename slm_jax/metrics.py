@@ -24,15 +24,19 @@ class Sink(NamedTuple):
   close: Callable[[], Any] = lambda: None
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-  """The lines of a metrics.jsonl; a last line that was cut short is left out."""
+def read(path: Path, warn: Callable[[str], Any] = lambda text: None) -> Iterator[dict[str, Any]]:
+  """The lines of a metrics.jsonl; damaged ones are left out with a warning, a last one that was cut short without."""
   if not path.exists():
     return
-  with open(path, encoding='utf-8') as file:
-    for line in file:
+  with open(path, encoding='utf-8', errors='replace') as file:
+    for number, line in enumerate(file, 1):
       if not line.endswith('\n'):
         return
-      yield json.loads(line)
+      try:
+        record = json.loads(line)
+        yield {**record, 'step': int(record['step'])}
+      except (ValueError, KeyError, TypeError):
+        warn(f'{path}: line {number} is damaged, and left out')
 
 
 class MetricLog:
@@ -47,9 +51,10 @@ class MetricLog:
     seconds: what the last line that an earlier process wrote says; silent: how long ago that was. lost: what `remember`
     was told last, whatever has been dropped since.
     """
-    evaluated, self.seconds, self.silent = distributed.on_main(_cut_back, path, step)
+    evaluated, self.seconds, self.silent = distributed.on_main(_cut_back, path, step, warn)
     self._lost = path.with_name(LOST)
-    self.lost = distributed.on_main(read_object, self._lost)
+    lost = distributed.on_main(read_object, self._lost)
+    self.lost = {name: seconds for name, seconds in lost.items() if isinstance(seconds, float)}
     self.evaluated = {line['step']: line for line in evaluated}
     where = path if distributed.is_main() else os.devnull
     self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
@@ -82,9 +87,9 @@ class MetricLog:
         self._warn(f'a metrics sink failed and is switched off: {error}')
 
 
-def _cut_back(path: Path, step: int) -> tuple[list[dict[str, Any]], float, float]:
+def _cut_back(path: Path, step: int, warn: Callable[[str], None]) -> tuple[list[dict[str, Any]], float, float]:
   """Drops the lines of later steps; (evaluations among the others, seconds of the last line of all, its age)."""
-  lines = list(read(path))
+  lines = list(read(path, warn))
   age = time.time() - path.stat().st_mtime if lines else 0.0
   kept = [line for line in lines if line['step'] <= step]
   write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))

@@ -20,6 +20,7 @@ class Preemption:
 
   def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
     self.requested = False
+    self._heeded = False
     self._agreed = agreed
     self._at_once = False
     self._old: dict[int, Any] = {}
@@ -39,12 +40,21 @@ class Preemption:
       signal.raise_signal(number)
     self.requested = True
     if self._at_once:
-      raise Preempted
+      self._heed()
+
+  def _heed(self) -> None:
+    self._heeded = True
+    raise Preempted
 
   def check(self) -> None:
     """Raises Preempted if a stop was requested."""
     if self._agreed(self.requested):
-      raise Preempted
+      self._heed()
+
+  def pass_on(self) -> None:
+    """Raises KeyboardInterrupt if a stop was requested too late for `check`, so that nothing else is begun."""
+    if not self._heeded and self._agreed(self.requested):
+      raise KeyboardInterrupt
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:

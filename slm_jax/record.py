@@ -11,7 +11,7 @@ from absl import logging
 
 from slm_jax import distributed, perf
 from slm_jax.config import ConfigError, to_dict
-from slm_jax.files import write_json, write_text
+from slm_jax.files import disk_errors, write_json, write_text
 from slm_jax.ledger import NotFinite
 from slm_jax.metrics import FORMAT
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
@@ -30,9 +30,10 @@ class Record:
     known = {'format': FORMAT, 'arm_id': arm_id, 'name': config.name, 'started': _now()}
     self._known = {**known, **perf.environment(), **more}
     if distributed.is_main():
-      write_json(folder / 'config.json', to_dict(config))
-      write_json(folder / 'run.json', {**self._known, 'status': 'running'})
-      write_text(folder / ROOM, ' ' * 2**15)
+      with disk_errors(folder):
+        write_json(folder / 'config.json', to_dict(config))
+        write_json(folder / 'run.json', {**self._known, 'status': 'running'})
+        write_text(folder / ROOM, ' ' * 2**15)
 
   def done(self, summary: Mapping[str, Any]) -> int:
     self._write('done', summary=summary)

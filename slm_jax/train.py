@@ -7,7 +7,6 @@ metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,8 +23,8 @@ from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
-from slm_jax.files import disk_errors, write_json
-from slm_jax.ledger import Ledger, goodput
+from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.ledger import Ledger, NotFinite, goodput
 from slm_jax.losses import Terms
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
@@ -85,8 +84,10 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
-      summary = train(job, stop, arm_id)
-      return record.done({**summary, **cost_of_parents(job, workdir)})
+      known = cost_of_parents(job, workdir)
+      code = record.done({**train(job, stop, arm_id), **known})
+      stop.pass_on()
+      return code
   except Exception as error:
     return record.ended(error)
 
@@ -248,7 +249,7 @@ def abstract_batch(job: Job) -> dict[str, jax.ShapeDtypeStruct]:
   rows, layout = job.config.data.batch_size, sharding.batch_sharding(job.layout.step.mesh)  # type: ignore[attr-defined]
   return {
     name: jax.ShapeDtypeStruct((rows, *entry.shape[1:]), entry.dtype, sharding=layout)
-    for name, entry in job.dataset.batch(0).items()
+    for name, entry in job.dataset.row().items()
   }
 
 
@@ -317,6 +318,8 @@ def valid_batches(job: Job) -> Iterator[Batch]:
 def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[str, Any]:
   """Writes the finished model and samples of its text; returns what goes into the results table."""
   config, dataset = job.config, job.dataset
+  if results['loss'] is None:
+    raise NotFinite('the last evaluation: loss not finite; the last checkpoint is kept')
   params = jax.jit(job.final)(state)
   save_model(job.folder / 'model', config.model, params, dataset.tokenizer)
   samples = evaluate.samples(config, params, dataset.tokenizer)
@@ -351,6 +354,8 @@ def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
   """FLOPs that went into what this arm builds on: a teacher's training, its own parents', data that were made."""
   total = job.dataset.flops
   for arm in {arm for _, arm in configs.arm_references(job.config)}:
-    summary = json.loads((workdir / 'arms' / arm / 'run.json').read_text())['summary']
+    path = workdir / 'arms' / arm / 'run.json'
+    summary = read_object(path).get('summary', {})
+    configs.require('flops' in summary, f'{path}: damaged; remove {path.parent}/DONE, and launch again')
     total += summary['flops'] + summary['parent_flops']
   return {'parent_flops': total}

@@ -41,6 +41,18 @@ def test_a_restart_drops_what_comes_after_its_step_and_a_torn_line(tmp_path):
   assert list(log.evaluated) == [2]
 
 
+def test_damaged_lines_are_told_and_the_others_stay(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  good = [b'{"step": 0, "kind": "eval", "loss": 1.0}\n', b'{"step": 1, "kind": "train", "seconds": 5.0}\n']
+  bad = [b'{"step": 1, "ki\n', b'\x00\x00\n', b'\xff\xfe\n', b'[1]\n', b'{"kind": "train"}\n', b'\n']
+  path.write_bytes(b''.join([good[0], *bad, good[1]]))
+  (tmp_path / metrics.LOST).write_text('{"redone": null, "down": 3.0}')
+  log, warnings = open_log(path, step=1)
+  assert (list(log.evaluated), log.seconds, log.lost) == ([0], 5.0, {'down': 3.0})
+  assert path.read_bytes() == b''.join(good)
+  assert [f'line {n} is damaged' in text for n, text in enumerate(warnings, 2)] == [True] * len(bad)
+
+
 def test_what_is_not_a_number_is_null(tmp_path):
   log, _ = open_log(tmp_path / 'metrics.jsonl')
   log.write(1, 'train', {'loss': math.nan, 'grad_norm': math.inf, 'total': 1.0})

@@ -1,6 +1,7 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: by kill -9, by SIGTERM in every phase, after damage."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -185,11 +186,15 @@ def test_the_best_is_kept_whose_evaluation_was_interrupted(tmp_path):
     assert checkpoints.read(2, {'x': jnp.zeros(3)})[1]['again'] == 1
 
 
-def test_sigterm_while_the_finished_model_is_written_lets_it_finish(uninterrupted, tmp_path, monkeypatch):
+def test_sigterm_while_the_finished_model_is_written_lets_it_finish_and_nothing_else_begin(
+  uninterrupted, tmp_path, monkeypatch
+):
   workdir = seeded(uninterrupted, tmp_path)
   with monkeypatch.context() as patch:
     terminate_when(patch, train, 'save_model')
-    assert train.run(tiny.config(), workdir, 'tiny') == EXIT_DONE
+    with pytest.raises(KeyboardInterrupt):  # a worker ends with 42 by it
+      train.run(tiny.config(), workdir, 'tiny')
+  assert (tiny.arm(workdir) / 'DONE').exists()
   assert results(workdir) == results(uninterrupted)
 
 
@@ -198,7 +203,7 @@ def stop_at_step(monkeypatch, step):
   terminate_when(monkeypatch, evaluate, 'evaluate', step // 10 + 1)
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'flip', 'delete'])
+@pytest.mark.parametrize('damage', ['truncate', 'flip', 'delete', 'loss'])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, uninterrupted, tmp_path, monkeypatch):
   workdir = seeded(uninterrupted, tmp_path)
   with monkeypatch.context() as patch:
@@ -206,6 +211,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, un
     assert train.run(tiny.config(), workdir, 'tiny') == EXIT_PREEMPTED
   *_, before, last = checkpoint.saved(tiny.arm(workdir) / 'checkpoints')
   newest = tiny.arm(workdir) / 'checkpoints' / str(last)
+  if damage == 'loss':
+    os.truncate(newest / 'metrics' / 'metrics', 0)
   for path in [p for p in (newest / 'state').rglob('*') if p.is_file()]:
     if damage == 'truncate':
       os.truncate(path, path.stat().st_size // 2)
@@ -220,6 +227,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, un
   assert taken[0] == before + 1
   assert (tiny.arm(workdir) / 'damaged' / f'checkpoints-{newest.name}').exists()
   assert results(workdir) == results(uninterrupted)
+
+
+def test_a_last_evaluation_that_is_not_finite_is_no_result(uninterrupted, tmp_path, monkeypatch):
+  workdir, original = seeded(uninterrupted, tmp_path), evaluate.evaluate
+  monkeypatch.setattr(evaluate, 'evaluate', lambda *args: {**original(*args), 'loss': math.inf})
+  assert train.run(tiny.config(), workdir, 'tiny') == EXIT_FAILED
+  record = json.loads((tiny.arm(workdir) / 'run.json').read_text())
+  assert (record['status'], 'loss not finite' in record['error']) == ('nan', True)
 
 
 def test_nan_stops_the_arm_and_keeps_the_last_good_checkpoint(uninterrupted, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -93,6 +94,17 @@ def test_flops_charge_the_teacher(family):
   assert run_json(workdir, 'cut')['summary']['parent_flops'] == summary['parent_flops']
   grandchild = run_json(workdir, 'both')['summary']
   assert grandchild['parent_flops'] == summary['flops'] + summary['parent_flops']
+
+
+def test_a_damaged_record_of_a_parent_shows_before_the_training(family, tmp_path, caplog):
+  workdir, arms = family
+  for name in ('data', 'arms/teacher'):
+    shutil.copytree(workdir / name, tmp_path / name)
+  record = tmp_path / 'arms/teacher/run.json'
+  record.write_text(record.read_text()[:300])
+  assert train.run(arms['distilled'], tmp_path, 'distilled') == EXIT_FAILED
+  assert f'{record}: damaged; remove {record.parent}/DONE, and launch again' in caplog.text
+  assert not (tmp_path / 'arms/distilled/metrics.jsonl').exists()
 
 
 def test_a_cut_model_starts_where_its_parent_is_strong(family):

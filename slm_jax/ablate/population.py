@@ -41,12 +41,13 @@ class Member:
     self.at = at  # order of the data, arm within it
     self.config, self.arm_id, self.folder = config, arm_id, workdir / 'arms' / arm_id
     self.code: int | None = None  # of its exit, once it has ended
-    self._share = 1 / size
+    self._share, self._workdir = 1 / size, workdir
     self.folder.mkdir(parents=True, exist_ok=True)
     self._record = Record(self.folder, arm_id, config, population=size)
 
   def open(self, job: Job, files: contextlib.ExitStack) -> None:
     self.job = job._replace(config=self.config, folder=self.folder)
+    self._parents = cost_of_parents(self.job, self._workdir)
     self.checkpoints = files.enter_context(
       Checkpoints(self.folder / 'checkpoints', self.config.run.keep, logging.warning)
     )
@@ -70,9 +71,9 @@ class Member:
   def end(self, error: BaseException) -> None:
     self.code = self._record.ended(error)
 
-  def finish(self, state: TrainState, workdir: Path) -> None:
+  def finish(self, state: TrainState) -> None:
     results = {**self.log.evaluated[self.config.train.steps], **self.ledger.record()}
-    self.code = self._record.done({**finish(self.job, state, results), **cost_of_parents(self.job, workdir)})
+    self.code = self._record.done({**finish(self.job, state, results), **self._parents})
 
 
 def by_progress(arms: Mapping[str, Config], workdir: Path) -> list[dict[str, Config]]:
@@ -178,7 +179,8 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
         member.start(int(state.step), record, files)
       state = train(members, program, state, job, batch, stop)
       for member in alive(members):
-        member.finish(program.one(state, member.at), workdir)
+        member.finish(program.one(state, member.at))
+      stop.pass_on()
   except Exception as error:
     for member in members:
       if member.code is None:

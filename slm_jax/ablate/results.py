@@ -156,14 +156,8 @@ def _cell(value: Any) -> Any:
 
 
 def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
-  """All lines of an arm's metrics.jsonl; from a damaged one on they are left out, with a warning."""
-  path, found = workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', []
-  try:
-    for line in metrics.read(path):
-      found.append(line)
-  except ValueError as error:
-    logging.warning('%s: line %d is damaged (%s); it and what follows are left out', path, len(found) + 1, error)
-  return found
+  """All lines of an arm's metrics.jsonl but damaged ones."""
+  return list(metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', logging.warning))
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:

@@ -15,6 +15,7 @@ from slm_jax.data.records import Report
 from slm_jax.data.sources import Source
 from slm_jax.data.store import Store, open_store
 from slm_jax.data.tokenizer import Tokenizer
+from slm_jax.files import expanded
 
 
 class Dataset(NamedTuple):
@@ -34,6 +35,10 @@ class Dataset(NamedTuple):
   def batch(self, step: int) -> HostBatch:
     """This host's rows of the batch that `step` (0, 1, ...) is taken on; a pure function of (config.seed, step)."""
     return batches.train_batch(self.train, step, self.config.batch_size, self.host, self.hosts, self.joins)
+
+  def row(self) -> HostBatch:
+    """A batch of one row: the shapes of one of any size, which may be too large to be made."""
+    return batches.train_batch(self.train, 0, 1, 0, 1, self.joins)
 
   def batches(self, start: int, ahead: int = 2, put: Callable[[Any], Any] = lambda x: x) -> Prefetch:
     """batch(start), batch(start + 1), ... by a thread that is `ahead` of its consumer; to be used in a `with`."""
@@ -111,7 +116,7 @@ def _tokenizer(config: DataConfig, found: list[Source], cache: Path, log: Callab
   if config.tokenizer == 'bytes':
     return tokenizer.Bytes()
   if config.tokenizer_file:
-    return tokenizer.load(Path(config.tokenizer_file).expanduser())
+    return tokenizer.load(expanded(config.tokenizer_file))
   training = [source for source in found if source.role != 'valid']
   key = [
     [(source.role, source.fingerprint) for source in training],

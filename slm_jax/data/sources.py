@@ -29,6 +29,7 @@ from slm_jax.config import ConfigError, require, to_install
 from slm_jax.data import addition, records, stories
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Document, Report
+from slm_jax.files import expanded
 
 Role = Literal['both', 'train', 'valid']  # for what a source is used
 Split = Literal['train', 'valid']
@@ -59,7 +60,7 @@ def fingerprint(config: DataConfig, found: list[Source] | None = None) -> str:
 
   found: `open_sources(config)`, if that is known already.
   """
-  its_tokenizer = _hash_file(Path(config.tokenizer_file).expanduser()) if config.tokenizer_file else ''
+  its_tokenizer = _hash_file(expanded(config.tokenizer_file)) if config.tokenizer_file else ''
   found = open_sources(config) if found is None else found
   return digest([its_tokenizer, [(source.role, source.fingerprint) for source in found]])
 
@@ -141,7 +142,7 @@ def _reader(
 
 def _find(name: str, key: str) -> tuple[dict[str, list[Path]], list[str]]:
   """The files of a path, folder or glob by split ('all' without named ones), and those that are left out."""
-  path = Path(name).expanduser()
+  path = expanded(name)
   if path.is_file():
     kinds = ', '.join(sorted(records.TEXT | records.LINES | records.TABLE))
     require(bool(records.kind(path)), f'{key}={name!r}: cannot tell what a {path.suffix!r} file holds; known: {kinds}')
@@ -151,6 +152,7 @@ def _find(name: str, key: str) -> tuple[dict[str, list[Path]], list[str]]:
   else:
     found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
   found = [p for p in found if p.is_file()]
+  require(bool(found) or not path.is_dir(), f'{key}={name!r}: an empty folder')
   if not found:
     close = difflib.get_close_matches(name, EMBEDDED, 1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
@@ -240,6 +242,7 @@ def _hub(name: str, role: Role, config: DataConfig, key: str) -> Source:
   except ImportError:
     raise ConfigError(f'{key}={name!r}: needs the package datasets; {to_install("hf")}') from None
   path, _, subset = name.removeprefix('hf:').partition(':')
+  require(bool(path), f'{key}={name!r}: expected hf:NAME or hf:NAME:CONFIG')
   try:
     found = datasets.load_dataset(path, subset or None)
   except Exception as error:  # whatever the hub, the network or a builder says

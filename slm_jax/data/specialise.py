@@ -9,7 +9,6 @@ left."""
 import collections
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from slm_jax import commands
 from slm_jax.config import ConfigError, require
 from slm_jax.data import tokenizer
 from slm_jax.data.tokenizer import SentencePiece, Tokenizer
+from slm_jax.files import expanded
 
 model_pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 _SPACE = '▁'
@@ -120,17 +120,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def made(options: flags.FlagValues) -> str:
   """Writes the file; a line about it."""
-  large = tokenizer.load(Path(options.tokenizer).expanduser())
+  large = tokenizer.load(expanded(options.tokenizer))
   require(isinstance(large, SentencePiece), f'--tokenizer={options.tokenizer}: bytes have no pieces to do without')
   assert isinstance(large, SentencePiece)
   texts = []
   for name in options.text:
     try:
-      texts.append(Path(name).expanduser().read_text(encoding='utf-8'))
+      texts.append(expanded(name).read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError) as error:
       raise ConfigError(f'--text={name}: {" ".join(str(error).split())}') from None
   small = specialised(large, texts, options.vocab_size)
-  out = Path(options.out).expanduser()
+  out = expanded(options.out)
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(small.serialize())

@@ -21,6 +21,7 @@ from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
 from slm_jax.distill import capture
 from slm_jax.distill.records import Layout
+from slm_jax.files import expanded
 from slm_jax.model import decoder
 
 PREFIX = '--data.'
@@ -52,7 +53,7 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
   require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
-  workdir = Path(options.workdir).expanduser()
+  workdir = expanded(options.workdir)
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)
   model_config, params, _ = load_model(folder)
@@ -63,7 +64,7 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
     options.method, options.k, options.draws, dataset.tokenizer.vocab_size, options.precision
   )
   what = capture.Capture(dataset, decoder.build(model_config), params, layout, options.seed)
-  out = Path(options.out).expanduser() if options.out else capture.place(workdir / 'data', what)
+  out = expanded(options.out) if options.out else capture.place(workdir / 'data', what)
   about = {'teacher': options.teacher}
   manifest = capture.build(out, what, about, logging.info, options.host, options.hosts)
   if manifest is None:
@@ -82,7 +83,7 @@ def said(folder: Path, manifest: dict[str, Any]) -> str:
 
 def teacher_folder(workdir: Path, teacher: str) -> Path:
   """The folder of the model that --teacher means."""
-  path = Path(teacher).expanduser()
+  path = expanded(teacher)
   if (path / 'model.json').exists():
     return path
   arms = {config.parent.name: _name(config) for config in sorted(workdir.glob('arms/*/config.json'))}

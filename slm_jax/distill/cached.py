@@ -27,6 +27,7 @@ from slm_jax.distill.logits import Signal, TokenLoss, check_k, check_signal
 from slm_jax.distill.records import Damaged, Layout, Precision, Told
 from slm_jax.distill.signals import Dense, Sampled, SignalLoss, Tail, TopK
 from slm_jax.distill.teachers import Source
+from slm_jax.files import expanded
 from slm_jax.step import Resources, Transform
 
 AUTO = 'auto'
@@ -178,16 +179,14 @@ class CachedDistill(TokenLoss):
   def resolved(self, key: str) -> 'CachedDistill':
     if self.cache == AUTO:
       return self
-    return dataclasses.replace(
-      self, content=capture.read_manifest(Path(self.cache).expanduser(), f'{key}.cache')['identity']
-    )
+    return dataclasses.replace(self, content=capture.read_manifest(expanded(self.cache), f'{key}.cache')['identity'])
 
   def open(self, dataset: Dataset, resources: Resources) -> Dataset:
     wanted = self._layout(resources.vocab)
     if self.cache == AUTO:
       cache = Cache(self._built(dataset, wanted, resources))
     else:
-      cache = Cache(Path(self.cache).expanduser(), f'{self.kind}.cache')
+      cache = Cache(expanded(self.cache), f'{self.kind}.cache')
       self._check_cache(cache, wanted, dataset, resources)
     stores = [store for store in dataset.stores if 'train' in store.manifest['splits']]
     look(cache, stores)

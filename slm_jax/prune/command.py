@@ -24,6 +24,7 @@ from slm_jax.config import ConfigError, check, from_dict, require
 from slm_jax.data import tokenizer
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import Dataset, open_data
+from slm_jax.files import expanded
 from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
@@ -65,7 +66,7 @@ def made(options: flags.FlagValues) -> str:
   require(options.batch > 0, f'--batch={options.batch}: must be positive')
   require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
   require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
-  given = Path(options.model).expanduser()
+  given = expanded(options.model)
   folder = given if (given / 'model.json').exists() else given / 'model'
   config, params, _ = load_model(folder)
   if options.by == 'principal':

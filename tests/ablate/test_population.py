@@ -230,6 +230,21 @@ def test_asked_to_stop_while_it_compiles_it_stops_after_that(root, tmp_path, mon
   assert len(compiled) == 1
 
 
+def test_asked_to_stop_while_models_are_written_it_writes_them_and_begins_no_other_part(root, tmp_path, monkeypatch):
+  workdir, arms, real = copy(root, tmp_path), dict(list(sweep().items())[:2]), population.finish
+
+  def finish(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(population, 'finish', real)
+    return real(*given)
+
+  monkeypatch.setattr(population, 'finish', finish)
+  monkeypatch.setattr(population, 'by_progress', lambda arms, workdir: [arms, {'never': None}])
+  with pytest.raises(KeyboardInterrupt):
+    population.run(arms, workdir)
+  assert all((workdir / 'arms' / arm_id / 'DONE').exists() for arm_id in arms)
+
+
 def test_split_where_memory_is_short(tmp_path, monkeypatch):
   """Into halves that are populations: of the arms of each order, then of the orders."""
   parts = []
