@@ -26,6 +26,7 @@ from slm_jax.experiment import Config
 from slm_jax.model.flops import flops_per_token
 from slm_jax.model.fused import kernels_in
 
+FARTHEST = 64  # times the largest batch that is known to fit, in one try for a larger one
 TRIES = 5  # compilations that the search for the largest batch may take
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -202,7 +203,11 @@ def largest(first: Facts, unit: int, of: Callable[[int], Facts]) -> tuple[int, i
     if bad and bad - good <= max(1, good // 16):
       break
     guess = _guess(known)
-    n = max(good + 1, min(guess, bad - 1) if bad else max(guess, good + 1))
+    if not bad:
+      guess = min(guess, FARTHEST * good)  # of a small batch next to nothing is known of a large one
+    elif guess >= bad:
+      guess = math.isqrt(max(good, 1) * bad)
+    n = max(good + 1, min(guess, bad - 1) if bad else guess)
     known[n] = of(n * unit)
   good = max((n for n, its in known.items() if its.fits), default=0)
   bad = min((n for n, its in known.items() if not its.fits), default=0)

@@ -51,6 +51,7 @@ def check(options: flags.FlagValues) -> None:
 
 def assume(options: flags.FlagValues, chip: str, count: int) -> None:
   """What an engine's flags say of the device, where the user has not said it."""
+  chip = {'a100': 'a100-40gb'}.get(chip.lower(), chip.lower())
   if not options.device and chip in chips.table():
     options['device'].value, options['devices'].value = chip, count
 
@@ -127,9 +128,10 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
   spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}
   done = {arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)}
   amounts = {}
-  for arm_id in (arm.arm_id for arm in plan.arms):
+  for arm_id, arm in ((arm.arm_id, arm) for arm in plan.arms):
     c, used = costs[arm_id], spent[arm_id]
-    expected = Amount(c.flops, c.dollars or 0.0, c.seconds / 3600)
+    again = 1 + budget.lost(plan.workdir, arm) / c.seconds if c.seconds else 1.0
+    expected = Amount(c.flops, (c.dollars or 0.0) * again, c.seconds * again / 3600)
     amounts[arm_id] = used if arm_id in done else Amount(*map(max, used, expected))
   if on.here and on.kind != 'cpu':
     from jax.extend import backend

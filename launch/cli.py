@@ -9,7 +9,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -26,6 +25,7 @@ from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
 from slm_jax.config import ConfigError, flatten, require
+from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
 PREFIX = '--config.'
@@ -61,7 +61,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     return EXIT_DONE
 
   # ---- is it possible?
-  workdir = Path(options.workdir).expanduser()
+  workdir = expanded(options.workdir)
   workdirs.check_workdir(workdir, experiment_name(module))
   chosen_engine = engine(options.launch)
   everyone = arms_of(module, options, overrides)

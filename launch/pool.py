@@ -140,7 +140,7 @@ class Pool:
       self._free.append(worker.place)
       self._log(unit, f'ended: {_shown(code)}')
       starts = self._again.get(unit.name, (0, 0.0))[0]
-      if code in (EXIT_DONE, EXIT_FAILED) or not self._to_run(unit):
+      if code in (EXIT_DONE, EXIT_FAILED, 2) or not self._to_run(unit):  # 2: of Python, called wrongly
         self._end(unit, worker)
       elif self.closed:
         self._say(f'{self._title(unit)}: {_shown(code)}')

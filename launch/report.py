@@ -14,13 +14,17 @@ from slm_jax.ablate import compare, report
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
 
+USAGE = 'usage: python -m launch.report WORKDIR [--all], or two workdirs to compare them'
+
 
 def main(argv: Sequence[str]) -> int:
+  if '--help' in argv:
+    print(USAGE)
+    return 0
   try:
     folders = [Path(argument) for argument in argv if argument != '--all']
     known = len(folders) in (1, 2) and not any(str(folder).startswith('-') for folder in folders)
-    usage = 'usage: python -m launch.report WORKDIR [--all], or two workdirs to compare them'
-    require(known, f'{usage}; got: {" ".join(argv) or "nothing"}')
+    require(known, f'{USAGE}; got: {" ".join(argv) or "nothing"}')
     for workdir in folders:
       workdirs.check_arms(workdir)
     everything = '--all' in argv

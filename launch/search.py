@@ -12,6 +12,7 @@ from slm_jax.ablate import search
 from slm_jax.ablate.arms import MANY, Arm, base_of, expand, shown
 from slm_jax.ablate.sweep import Changes
 from slm_jax.config import require
+from slm_jax.files import expanded
 
 Run = Callable[[list[Arm], list[Arm]], None]  # (the arms so far, those of them to be run now)
 
@@ -36,7 +37,7 @@ def arms(
   from slm_jax.data import sources  # heavier than the rest
 
   check(options)
-  workdir, fingerprint = Path(options.workdir).expanduser(), functools.cache(sources.fingerprint)
+  workdir, fingerprint = expanded(options.workdir), functools.cache(sources.fingerprint)
   limit = math.inf if options.yes else MANY
   found: dict[str, Arm] = {}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cloud, topologies
+from launch import budgets, cloud, topologies
 from launch.cloud import Call
 from launch.plan import Plan, Unit
 from slm_jax.config import ConfigError, require
@@ -46,7 +46,9 @@ def check(plan: Plan, options: flags.FlagValues) -> None:
   known = re.fullmatch(r'(gs|s3|r2)://[a-z0-9][a-z0-9._-]+', bucket)
   require(known is not None, f'--skypilot_bucket={bucket}: expected gs://NAME, s3://NAME or r2://NAME')
   cloud.check_share(plan, options.skypilot_mount, 'skypilot_mount')
-  cloud.check_devices(plan, its.devices if its else int((gpu and gpu[1]) or 1))
+  number = int((gpu and gpu[1]) or 1)
+  cloud.check_devices(plan, its.devices if its else number)
+  budgets.assume(options, its.chip if its else name.partition(':')[0], its.chips if its else number)
 
 
 def ready(plan: Plan, options: flags.FlagValues) -> None:

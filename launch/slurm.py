@@ -14,7 +14,6 @@ Tested against a real Slurm 22.05 (tests/slurm/setup.sh) on CPUs; GPUs have neve
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -25,12 +24,12 @@ from typing import NamedTuple
 
 from absl import flags, logging
 
-from launch import cloud
+from launch import budgets, cloud
 from launch.cloud import Call
 from launch.plan import Plan, Unit, unit_name
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
-from slm_jax.files import write_json, write_text
+from slm_jax.files import read_object, write_json, write_text
 from slm_jax.preempt import EXIT_DONE, EXIT_PREEMPTED
 
 LARGEST = 1000  # tasks of an array; Slurm's MaxArraySize is 1001 unless a site changes it
@@ -129,6 +128,7 @@ def check(plan: Plan, options: flags.FlagValues) -> None:
   require(plain, f'--workdir={str(plan.workdir)!r}: Slurm cannot write logs there; line breaks and \\ are not allowed')
   if gpus:
     cloud.check_devices(plan, options.slurm_nodes * gpus)
+    budgets.assume(options, options.slurm_gpus.partition(':')[0], options.slurm_nodes * gpus)
   require(not options.fail_fast, '--fail_fast: not with --launch=slurm, whose tasks do not know of each other')
 
 
@@ -308,7 +308,7 @@ def script_path(plan: Plan, job: Job) -> Path:
 
 def submit(plan: Plan, job: Job, after: str, call: Call) -> str:
   """The job's id. What its tasks are is recorded first: a launch that is killed right then will know them."""
-  path, record = script_path(plan, job), {'arms': job.arms}
+  path, record = script_path(plan, job), {'arms': job.arms, 'workdir': _where(plan)}
   write_text(path, job.script)
   write_json(path.with_suffix('.json'), record)
   done = call(['sbatch', '--parsable', *([f'--dependency={after}'] if after else []), str(path)])
@@ -322,17 +322,22 @@ def submit(plan: Plan, job: Job, after: str, call: Call) -> str:
   return job_id
 
 
+def _where(plan: Plan) -> str:
+  return os.path.realpath(plan.workdir)
+
+
 def queued(plan: Plan, call: Call) -> dict[str, str]:
   """`{arm id: '123_4'}`: the tasks of earlier launches of this workdir that are queued or running."""
   done = call(['squeue', '--noheader', '--array', '--me', '--format=%i %j'])
   if done.code:
     raise ConfigError(f'squeue: {done.reason}')
-  found = {}
+  found: dict[str, str] = {}
   for line in done.out.splitlines():
     task, _, name = line.strip().partition(' ')
     job, _, index = task.partition('_')
     path = folder(plan) / f'{name}.json'
     if index and path.exists():
-      for arm_id in json.loads(path.read_text(encoding='utf-8'))['arms'][int(index)]:
-        found[arm_id] = task
+      record = read_object(path)
+      if 'arms' in record and record.get('workdir') == _where(plan):  # a copied workdir has the records, not the jobs
+        found |= dict.fromkeys(record['arms'][int(index)], task)
   return found

@@ -31,6 +31,7 @@ from slm_jax.config import ConfigError, require
 FRESH = 600.0  # seconds after its last sign of life during which an arm on another machine counts as running
 QUIET = 120.0  # seconds without a sign of life, of an arm that runs here, that are worth a word
 STATES = ('running', 'stalled', 'failed', 'preempted', 'blocked', 'missing', 'done')  # what matters most comes first
+USAGE = 'usage: python -m launch.status WORKDIR [--watch]'
 TAIL = 1 << 16  # bytes of a log that are read
 PAUSE, LONGEST = 2.0, 60.0  # seconds between two drawings
 
@@ -84,7 +85,7 @@ def _state(folder: Path, row: Row, now: float, locks: set[tuple[int, int]] | Non
   if row.status == 'done':
     return 'done', ''
   held, holder = _held(folder / 'lock', locks)
-  quiet = now - max(_modified(folder / name) for name in ('metrics.jsonl', 'run.json', 'lock'))
+  quiet = max(now - max(_modified(folder / name) for name in ('metrics.jsonl', 'run.json', 'lock')), 0.0)
   if held:
     return 'running', f'quiet for {duration(quiet)}' if quiet > QUIET else ''
   if row.status == 'running':
@@ -261,10 +262,13 @@ class Live:
 
 
 def main(argv: Sequence[str]) -> int:
+  if '--help' in argv:
+    print(USAGE)
+    return 0
   try:
     folders = [argument for argument in argv if argument != '--watch']
     known = len(folders) == 1 and not folders[0].startswith('-')
-    require(known, f'usage: python -m launch.status WORKDIR [--watch]; got: {" ".join(argv) or "nothing"}')
+    require(known, f'{USAGE}; got: {" ".join(argv) or "nothing"}')
     workdir, watch = Path(folders[0]), '--watch' in argv
     workdirs.check_arms(workdir)
     require(not watch or sys.stdout.isatty(), '--watch: redraws, which needs a terminal; leave it out')

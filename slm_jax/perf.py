@@ -16,6 +16,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from slm_jax import chips
 from slm_jax.config import require
 from slm_jax.revision import source
 
@@ -159,6 +160,7 @@ def environment() -> dict[str, Any]:
     'device_kind': devices[0].device_kind,
     'devices': len(devices),
     'processes': jax.process_count(),
+    'chip_share': chips.share(),
   }
 
 

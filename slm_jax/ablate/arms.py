@@ -136,7 +136,9 @@ def changes_of(
 
 
 def _yielded(name: str, function: Callable[..., Iterable[Changes]], base: 'Config', limit: float) -> list[Changes]:
-  found = iter(function(base) if wants_base(function) else function())
+  yielded = function(base) if wants_base(function) else function()
+  require(isinstance(yielded, Iterable), f'sweep {name!r}: gives {yielded!r}, not dicts of {{"dotted.key": value}}')
+  found = iter(yielded)
   changes = list(found if limit == math.inf else itertools.islice(found, int(limit) + 1))
   require(len(changes) > 0, f'sweep {name!r}: yields no arms')
   require(len(changes) <= limit, f'sweep {name!r}: more than {limit:,} arms; --yes if so many are meant')

@@ -124,15 +124,21 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
   folder = workdirs.folder(workdir, arm.arm_id)
   run = read_object(folder / 'run.json')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
-  redone = used.get('seconds_redone', read_object(folder / metrics.LOST).get('redone', 0.0))
+  redone = used.get('seconds_redone', lost(workdir, arm))
   hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
     flops = used['tokens'] * flops_per_token(arm) if used.get('tokens') else 0.0
   if dollars is None:
     kind = run.get('device_kind', 'cpu')
     price, _ = chips.price(kind, arm.config.run.price)
-    dollars = hours * chips.count(kind, run.get('devices', 1), run.get('processes', 1)) * (price or 0.0)
+    whole = chips.count(kind, run.get('devices', 1), run.get('processes', 1))
+    dollars = hours * whole * run.get('chip_share', 1.0) * (price or 0.0)
   return Amount(flops, dollars, hours)
+
+
+def lost(workdir: Path, arm: Arm) -> float:
+  """Seconds of steps that an arm, which is not done, has taken or must take again."""
+  return read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST).get('redone') or 0.0
 
 
 def admission(

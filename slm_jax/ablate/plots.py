@@ -150,7 +150,7 @@ def _curves(ax: 'Axes', curves: Mapping[str, Sequence[Sequence[Point]]], unit: s
     seen += [mean for x, mean in zip(xs, means, strict=True) if x >= 0.2 * xs[-1]]
   if handles:
     ax.set_ylim(top=max(seen) + 0.05 * (max(seen) - min(seen)) + 1e-3)
-    ax.set_xlim(0, right * 1.02)
+    ax.set_xlim(0, right * 1.02 or 1)  # 0: nothing was trained
     ax.xaxis.set_major_formatter(EngFormatter(sep=''))
   ax.set_xlabel({'tokens': 'training tokens', 'flops': 'training FLOPs'}[unit])
   ax.set_ylabel('nats per token')

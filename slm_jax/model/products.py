@@ -50,7 +50,7 @@ def _in_rows(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
   z = _row_major(jnp.matmul(_row_major(x), _row_major(y), preferred_element_type=jnp.float32))
-  # Costs nothing. In jax 0.10 a program's other outputs come out transposed if one of them is a constraint's own.
+  # Compiles to nothing, but no output of a program is a constraint itself: in jax 0.10 others come out transposed then.
   return jnp.copy(z)
 
 

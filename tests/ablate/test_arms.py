@@ -66,6 +66,12 @@ def test_impossible_sweeps_are_one_line(sweeps, asked, message):
   assert '\n' not in str(error.value)
 
 
+def test_a_sweep_that_returns_nothing_is_one_line():
+  """As where `yield` was forgotten."""
+  with pytest.raises(ConfigError, match="^sweep 'lr': gives None, not dicts of"):
+    arms_of(experiment(sweep_lr=lambda: None), 'lr')
+
+
 def test_a_sweep_may_ask_for_the_base_after_the_command_line():
   def sweep(base):
     yield {'train.steps': base.train.steps * 2}

@@ -143,6 +143,8 @@ def test_spent_is_the_summary_of_what_is_done_and_the_log_of_what_is_not(tmp_pat
   assert budget.spent(tmp_path, done, per_token) == Amount(5e9, 3.0, 2.0)
   assert budget.spent(tmp_path, broken, per_token) == pytest.approx((2000 * 100, 0.02 * 4 * 1.20, 0.02))
   assert budget.spent(tmp_path, never, per_token) == Amount()
+  write(tmp_path, never, {'status': 'running', **chip, 'chip_share': 0.5}, lines)
+  assert budget.spent(tmp_path, never, per_token) == pytest.approx((2000 * 100, 0.02 * 4 * 1.20 / 2, 0.02))
   assert budget.spent(tmp_path, priced, per_token) == pytest.approx((1.0, 4 * 1.20, 1.0))
 
 

@@ -217,6 +217,17 @@ def test_the_largest_batch_is_found_in_a_few_compilations(truth, start, bend):
   assert not bad or bad > 4 * truth
 
 
+def test_of_a_small_model_the_largest_batch_is_not_guessed_from_next_to_nothing():
+  """Where the first guess is ten times too large, as what stands beside the batch shrinks with it."""
+
+  def of(batch):
+    activations = 60 * batch / 400_000 + (0 if batch < 100 else 1e-4 * batch)
+    return made_up(batch, activations <= 60, 40 + activations, activations)
+
+  good, bad = aot_step.largest(of(4), 4, of)
+  assert 0.5 * 240_000 < good <= 240_000 < bad
+
+
 def test_nothing_fits():
   assert aot_step.largest(made_up(4, False, 300, 60), 4, lambda batch: made_up(batch, False, 300, 60)) == (0, 4)
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 CASES = {
   'unknown flag': (['--lanch=local'], 'lanch'),
+  'no such user': (['--workdir=~nobody-here/runs'], '~nobody-here/runs: no such user'),
   'unknown key': (['--config.model.n_layer=2'], "did you mean 'n_layers'"),
   'wrong type': (['--config.train.steps=many'], "train.steps='many': expected int"),
   'not a choice': (['--config.optim.name=sgd'], 'allowed: adamw, muon, adafactor'),
@@ -26,6 +27,8 @@ CASES = {
   'mesh': (['--config.run.fsdp=3'], 'run.fsdp=3, run.tensor=1: 3 does not divide the 4 devices'),
   'vocabulary': (['--config.model.vocab_size=200'], 'model.vocab_size=200: too small for the 259 tokens of bytes'),
   'no such file': (['--config.data.sources=nowhere.txt'], 'nowhere.txt'),
+  'empty folder': (['--config.data.sources=nothing/'], "nothing/': an empty folder"),
+  'hub without a name': (['--config.data.sources=hf:'], "'hf:': expected hf:NAME"),
   'empty corpus': (['--config.data.sources=empty.txt'], 'empty.txt'),
   'not UTF-8': (['--config.data.sources=latin.txt'], 'latin.txt: not UTF-8 at byte offset 3'),
   'not a record': (['--config.data.sources=lines.jsonl'], 'lines.jsonl.*2'),
@@ -37,6 +40,7 @@ CASES = {
 def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path):
   (tmp_path / 'text.txt').write_text('To be, or not to be, that is the question. ' * 200)
   (tmp_path / 'empty.txt').write_text('')
+  (tmp_path / 'nothing').mkdir()
   (tmp_path / 'latin.txt').write_bytes(b'Caf\xe9 ' * 100)
   (tmp_path / 'lines.jsonl').write_text('{"text": "fine"}\nnot JSON\n')
   (tmp_path / 'taken').mkdir()

@@ -1,12 +1,14 @@
 """Budgets on the command line: refused, trimmed, reached; and where predictions are from."""
 
 import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import FakeTrain, experiment
 
 import launch.cli
-from launch import cli, gke, tpu_vm
+from launch import cli, gke, skypilot, slurm, tpu_vm
 from slm_jax.ablate import measure
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import product, seeds
@@ -209,16 +211,27 @@ def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, t
     (tpu_vm, 'v5p-16', 'v5p', 8),
     (gke, 'v5litepod-16', 'v5e', 16),
     (gke, 'tpu7x-8', '', 1),  # of which the table knows nothing
+    (skypilot, 'H100:8', 'h100', 8),
+    (skypilot, 'A100', 'a100-40gb', 1),
+    (skypilot, 'tpu-v6e-8', 'v6e', 8),
+    (slurm, 'h200:4', 'h200', 4),
+    (slurm, '4', '', 1),
   ],
 )
 def test_a_slice_is_predicted_as_what_it_is(engine, name, chip, count, monkeypatch):
   monkeypatch.setattr(engine.cloud, 'check_share', lambda *given: None)
   monkeypatch.setattr(engine.cloud, 'check_devices', lambda *given: None)
   short = engine.__name__.split('.')[-1]
-  needed = {'tpu_vm': ['zone=z', 'share=10.0.0.2:/v'], 'gke': ['image=i', 'pvc=p']}[short]
-  options = cli.parse([f'--launch={short}', f'--{short}_type={name}', *(f'--{short}_{one}' for one in needed)], 'tiny')
-  engine.check(None, options)
+  flag, needed = {
+    'tpu_vm': ('type', ['zone=z', 'share=10.0.0.2:/v']),
+    'gke': ('type', ['image=i', 'pvc=p']),
+    'skypilot': ('accelerators', ['bucket=gs://bucket']),
+    'slurm': ('gpus', []),
+  }[short]
+  asked, plan = [f'--{short}_{one}' for one in (f'{flag}={name}', *needed)], SimpleNamespace(workdir=Path('/w'))
+  options = cli.parse([f'--launch={short}', *asked], 'tiny')
+  engine.check(plan, options)
   assert (options.device, options.devices) == (chip, count)
-  options = cli.parse([f'--{short}_type={name}', '--device=v4', *(f'--{short}_{one}' for one in needed)], 'tiny')
-  engine.check(None, options)
+  options = cli.parse([*asked, '--device=v4'], 'tiny')
+  engine.check(plan, options)
   assert (options.device, options.devices) == ('v4', 1)  # as the user said

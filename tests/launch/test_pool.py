@@ -103,6 +103,11 @@ def test_logs_say_what_was_started_and_how_it_ended(start, tmp_path):
 # ----------------------------------------------------------------------------------------------- failures, restarts
 
 
+def test_a_worker_that_was_called_wrongly_is_not_called_so_again(start, tmp_path):
+  assert start(acts={'e': [2, 0]})[0] == 1
+  assert names(tmp_path).count('e') == 1
+
+
 def test_a_failed_arm_blocks_what_builds_on_it_and_nothing_else(start, tmp_path):
   code, lines = start(acts={'a': ['bug']})
   assert code == 1

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -281,6 +282,19 @@ def test_a_second_launch_submits_only_what_is_not_there(tmp_path, capsys):
   all_gone = queue()
   assert slurm.run(plan, UNITS, options, all_gone) == 0
   assert len(submitted(all_gone)) == 3
+
+
+def test_a_copied_workdir_has_the_records_and_not_the_jobs(tmp_path):
+  plan, options, call = plan_on(tmp_path), options_of(), queue()
+  slurm.run(plan, [PARENT], options, call)
+  script = Path(submitted(call)[0][-1])
+  shown = queue(**{'101_0': script.stem})
+  copied = plan._replace(workdir=tmp_path / 'copy')
+  shutil.copytree(plan.workdir, copied.workdir)
+  assert slurm.queued(plan, shown) == {ONE: '101_0'}
+  assert slurm.queued(copied, shown) == {}
+  script.with_suffix('.json').write_text('')
+  assert slurm.queued(plan, shown) == {}
 
 
 def records(plan, *names):

@@ -17,7 +17,7 @@ from fakes import FakeTrain, arms_of, experiment, summary
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import status
+from launch import report, status
 from launch.plan import Plan
 from slm_jax.ablate import workdir
 
@@ -372,3 +372,9 @@ def test_a_slow_look_does_not_put_off_the_next_for_long(store, monkeypatch):
   live = status.Live(status.Screen(io.StringIO()), store[0])
   assert len(live.look()) == 4
   assert len(live.look()) == 4
+
+
+@pytest.mark.parametrize('command', [status, report])
+def test_help_is_shown(command, capsys):
+  assert command.main(['--help']) == 0
+  assert capsys.readouterr().out == f'{command.USAGE}\n'
