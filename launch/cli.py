@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -313,8 +313,15 @@ def help_text(module: ModuleType, options: flags.FlagValues) -> str:
     about = (inspect.getdoc(function) or '').partition('\n')[0]
     lines.append(f'  {name}: {about}' if about else f'  {name}')
   lines += ['', 'Settings:']
-  lines += [f'  {PREFIX}{key}={shown(value)}' for key, value in flatten(base_config(module)).items()]
+  lines += [f'  {PREFIX}{key}={_as_given(value)}' for key, value in flatten(base_config(module)).items()]
   return '\n'.join(lines)
+
+
+def _as_given(value: Any) -> str:
+  """A value as the command line takes it, if it can be given there."""
+  if value is None:
+    return ''
+  return ','.join(map(shown, value)) if isinstance(value, list) else shown(value)
 
 
 # ------------------------------------------------------------------------------------------------ about the arms

@@ -125,6 +125,11 @@ def _follow(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, cluste
         outcome = False, 'blocked, what it builds on failed'
       elif options.fail_fast and not all(ended.values()):
         outcome = False, 'not started, another one failed'
+      elif None not in parents and (other := cluster.holder(plan, unit)):
+        outcome = (
+          False,
+          f'not started, {other} has arms of it from a launch that bundled them otherwise; wait for its end',
+        )
       elif None not in parents:
         cluster.start(manifest(plan, unit, options), states)
         applied.add(unit.name)
@@ -225,6 +230,7 @@ class Cluster:
   def __init__(self, plan: Plan, options: flags.FlagValues, call: Call = cloud.call):
     self.selector = f'{LABEL}={cloud.launch_name(plan)}'
     self._options, self._call = options, call
+    self._running: dict[str, Sequence[str]] = {}  # {name: arms}, as of the last look
 
   def command(self, *words: str) -> list[str]:
     context = [f'--context={self._options.gke_context}'] if self._options.gke_context else []
@@ -238,7 +244,16 @@ class Cluster:
     done = self._call(self.command('get', 'jobsets', f'--selector={self.selector}', '--output=json'))
     if done.code:
       raise Refused(f'kubectl: {done.reason}')
-    return dict(map(_state, json.loads(done.out)['items']))
+    items = json.loads(done.out)['items']
+    found = dict(map(_state, items))
+    self._running = {its['metadata']['name']: _arms(its) for its in items}
+    self._running = {name: arms for name, arms in self._running.items() if found[name][0] == 'running'}
+    return found
+
+  def holder(self, plan: Plan, unit: Unit) -> str:
+    """Another JobSet that runs arms of the unit; '' if there is none."""
+    others = (name for name, arms in self._running.items() if not set(arms).isdisjoint(unit.arms))
+    return next((name for name in others if name != cloud.job_name(plan, unit)), '')
 
   def start(self, its: Mapping[str, Any], states: Mapping[str, tuple[str, str]]) -> None:
     """Applies a manifest. One of that name that still runs is left as it is; one that has ended makes room first."""
@@ -254,6 +269,12 @@ class Cluster:
     done = self._call(command, stdin=stdin)
     if done.code:
       raise Refused(f'kubectl: {done.reason}')
+
+
+def _arms(its: Mapping[str, Any]) -> list[str]:
+  """Of the JobSet of a `manifest`."""
+  container = its['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['containers'][0]
+  return container['args'][-1].removeprefix('--arm=').split(',')
 
 
 def _state(its: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:

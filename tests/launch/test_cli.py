@@ -182,6 +182,18 @@ def test_help_names_question_flags_sweeps_and_settings(start, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_the_settings_that_help_shows_can_be_given_back(start):
+  module = experiment()
+  _, out, _ = start(module, '--help')
+  settings = [line.strip() for line in out[out.index('Settings:') :].splitlines()[1:]]
+  assert len(settings) > 50
+  given, _ = launch.cli.split_overrides(settings)
+  (plain,), (same,) = (
+    launch.cli.arms_of(module, launch.cli.parse(['--sweep=none'], 'tiny'), overrides) for overrides in ({}, given)
+  )
+  assert same.arm_id == plain.arm_id
+
+
 @pytest.mark.parametrize(
   'argv, remark',
   [

@@ -32,9 +32,11 @@ if state.get('broken'):
   leave(err='Unable to connect to the server: no route to host\\n', code=1)
 if 'get' in words:
   items = []
-  for name, (kind, message) in state['sets'].items():
+  for name, (kind, message, *arms) in state['sets'].items():
     conditions = [{'type': kind, 'status': 'True', 'message': message}] if kind else []
-    items.append({'metadata': {'name': name}, 'status': {'conditions': conditions}})
+    pod = {'spec': {'containers': [{'args': ['-m', 'x', '--arm=' + ','.join(arms)]}]}}
+    spec = {'replicatedJobs': [{'template': {'spec': {'template': pod}}}]}
+    items.append({'metadata': {'name': name}, 'status': {'conditions': conditions}, 'spec': spec})
   leave(out=json.dumps({'items': items}))
 elif 'apply' in words:
   import yaml
@@ -288,6 +290,14 @@ def test_a_second_launch_takes_up_what_runs_and_replaces_what_failed(scene):
   code, _, seen = scene.run(sets=sets, then=[{}])
   assert code == 0
   assert seen == [f'delete {scene.name(CHILD)}', f'apply {scene.name(CHILD)}']
+
+
+def test_arms_that_run_in_another_bundle_are_not_started_beside_it(scene):
+  sets = {'a-bundle': ['', '', 'another', ONE], 'an-ended-one': ['Failed', 'x', TWO]}
+  apart = CHILD._replace(after=())
+  code, out, seen = scene.run([PARENT, apart], sets=sets, then=[{}])
+  assert (code, seen) == (1, [f'apply {scene.name(CHILD)}'])
+  assert f'{PARENT.name}: not started, a-bundle has arms of it' in out
 
 
 def test_a_cluster_out_of_reach_for_a_while_ends_nothing(scene):
