@@ -64,7 +64,7 @@ def summary(loss: float, **more: Any) -> dict[str, Any]:
 
 def fill(folder: Path, loss: float, steps: int, text: str = 'there was a cat.') -> None:
   evaluations = [
-    {'step': step, 'kind': 'eval', 'loss': loss + 1 - step / steps, 'tokens': 1000 * step / steps}
+    {'step': step, 'kind': 'eval', 'loss': loss + 1 - step / max(steps, 1), 'tokens': 1000 * step / max(steps, 1)}
     for step in (0, steps // 2, steps)
   ]
   train = [{'step': 1, 'kind': 'train', 'loss': 3.0}]

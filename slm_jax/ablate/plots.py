@@ -8,6 +8,7 @@ import functools
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -264,7 +265,8 @@ def _svg(figure: 'Figure') -> str:
   import matplotlib
 
   text = io.StringIO()
-  with matplotlib.rc_context(STYLE):
+  with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing')  # of the font that measures; the reader's draws
     figure.savefig(text, format='svg', metadata={'Date': None})
   return text.getvalue()
 

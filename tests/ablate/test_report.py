@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -203,6 +204,15 @@ def test_a_workdir_without_results_has_a_report_too(tmp_path):
   page, _ = page_of(tmp_path, [{'name': 'one'}], FakeTrain(one=1))
   assert '1 arms: 1 nan' in page.text
   assert 'svg' not in page.tags
+
+
+@pytest.mark.parametrize('arm', [{'name': '蒸留 🐣'}, {'name': 'untrained', 'train.steps': 0}])
+def test_the_plots_of_an_odd_arm_warn_of_nothing(arm, tmp_path):
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    page, _ = page_of(tmp_path, [arm], FakeTrain())
+  assert 'svg' in page.tags
+  assert arm['name'] in page.text
 
 
 def test_many_arms_have_curves_that_can_be_told_apart():
