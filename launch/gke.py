@@ -126,10 +126,7 @@ def _follow(plan: Plan, units: Sequence[Unit], options: flags.FlagValues, cluste
       elif options.fail_fast and not all(ended.values()):
         outcome = False, 'not started, another one failed'
       elif None not in parents and (other := cluster.holder(plan, unit)):
-        outcome = (
-          False,
-          f'not started, {other} has arms of it from a launch that bundled them otherwise; wait for its end',
-        )
+        outcome = False, f'not started, {other} of another launch has arms of it; launch again when that has ended'
       elif None not in parents:
         cluster.start(manifest(plan, unit, options), states)
         applied.add(unit.name)
@@ -244,11 +241,11 @@ class Cluster:
     done = self._call(self.command('get', 'jobsets', f'--selector={self.selector}', '--output=json'))
     if done.code:
       raise Refused(f'kubectl: {done.reason}')
-    items = json.loads(done.out)['items']
-    found = dict(map(_state, items))
-    self._running = {its['metadata']['name']: _arms(its) for its in items}
-    self._running = {name: arms for name, arms in self._running.items() if found[name][0] == 'running'}
-    return found
+    sets = json.loads(done.out)['items']
+    states = dict(map(_state, sets))
+    arms = {its['metadata']['name']: _arms(its) for its in sets}
+    self._running = {name: arms[name] for name, (word, _) in states.items() if word == 'running'}
+    return states
 
   def holder(self, plan: Plan, unit: Unit) -> str:
     """Another JobSet that runs arms of the unit; '' if there is none."""

@@ -84,8 +84,8 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
-      known = cost_of_parents(job, workdir)
-      code = record.done({**train(job, stop, arm_id), **known})
+      parents = cost_of_parents(job, workdir)
+      code = record.done({**train(job, stop, arm_id), **parents})
       stop.pass_on()
       return code
   except Exception as error:

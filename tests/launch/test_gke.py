@@ -297,7 +297,7 @@ def test_arms_that_run_in_another_bundle_are_not_started_beside_it(scene):
   apart = CHILD._replace(after=())
   code, out, seen = scene.run([PARENT, apart], sets=sets, then=[{}])
   assert (code, seen) == (1, [f'apply {scene.name(CHILD)}'])
-  assert f'{PARENT.name}: not started, a-bundle has arms of it' in out
+  assert f'{PARENT.name}: not started, a-bundle of another launch has arms of it' in out
 
 
 def test_a_cluster_out_of_reach_for_a_while_ends_nothing(scene):
