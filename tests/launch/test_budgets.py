@@ -10,6 +10,7 @@ from fakes import FakeTrain, experiment
 import launch.cli
 from launch import cli, gke, skypilot, slurm, tpu_vm
 from slm_jax.ablate import measure
+from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.experiment import Config, RunConfig
@@ -196,6 +197,13 @@ def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, t
   assert 'the sweep would take 4 hours' in error
   assert '2 of its 4 missing arms fit' in error
   assert asked == ['a']  # one program for all of them
+  first = launch.cli.expand(experiment(base=ALONE, sweep=SWEEP))[0]
+  lost = workdirs.folder(Path('runs/tiny'), first.arm_id) / 'lost.json'
+  lost.parent.mkdir(parents=True)
+  lost.write_text('{"redone": 3600.0}')
+  code, _, error = start('--max_hours=4.5', train=train)
+  assert 'the sweep would take 5 hours, 1 hours of it spent' in error
+  lost.unlink()
   code, _, error = start('--max_cost=1.5', '--config.run.price=0.5', train=train)
   assert code == 1
   assert 'the sweep would take $2' in error
