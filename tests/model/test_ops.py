@@ -87,7 +87,7 @@ def gradient_program(devices, dtype, over=lambda f: f):
   config = dataclasses.replace(FAMILIES['llama'], dtype=dtype)
   model = decoder.build(config, devices)
   gradient = over(jax.grad(lambda params, tokens: model.head(params, model.hidden(params, {'inputs': tokens})).sum()))
-  params, tokens = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 64), int)
+  params, tokens = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 64), jnp.int32)
   if over is jax.vmap:
     params, tokens = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (params, tokens))
   return jax.jit(gradient).lower(params, tokens)
