@@ -41,13 +41,13 @@ class Member:
     self.at = at  # order of the data, arm within it
     self.config, self.arm_id, self.folder = config, arm_id, workdir / 'arms' / arm_id
     self.code: int | None = None  # of its exit, once it has ended
-    self._share, self._workdir = 1 / size, workdir
+    self._share = 1 / size
     self.folder.mkdir(parents=True, exist_ok=True)
     self._record = Record(self.folder, arm_id, config, population=size)
 
-  def open(self, job: Job, files: contextlib.ExitStack) -> None:
+  def open(self, job: Job, workdir: Path, files: contextlib.ExitStack) -> None:
     self.job = job._replace(config=self.config, folder=self.folder)
-    self._parents = cost_of_parents(self.job, self._workdir)
+    self._parents = cost_of_parents(self.job, workdir)
     self.checkpoints = files.enter_context(
       Checkpoints(self.folder / 'checkpoints', self.config.run.keep, logging.warning)
     )
@@ -167,7 +167,7 @@ def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None
         side_by_side = jax.default_backend() != 'cpu'
         job = prepare(members[0].config, workdir, workdir, mapped=side_by_side)
         for member in members:
-          member.open(job, files)
+          member.open(job, workdir, files)
         batch = batches_of(job, seeds, workdir)
       # No compilation is interrupted: it would go on in a thread of its own, and crash as the interpreter shuts down.
       program, needed = compile_program(job, (len(seeds), per_order), job.place(batch(0)), side_by_side)
