@@ -9,7 +9,6 @@ from absl import flags
 from launch.plan import Plan
 from slm_jax import chips
 from slm_jax.ablate import budget
-from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.budget import FLAGS, Amount, Limits
 from slm_jax.config import ConfigError, require
@@ -74,7 +73,7 @@ def predicting(plan: Plan, options: flags.FlagValues) -> 'tuple[Device, dict[str
   if on.here and options.launch == 'local':
     on = on._replace(part=_part(plan, options))
   if options.measure and on.measurable:
-    missing = [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+    missing = [arm for arm in plan.arms if not plan.is_done(arm.arm_id)]
     measure.measure_all(missing, plan.everyone, plan.workdir)
   return on, measure.known(plan.workdir)
 
@@ -126,7 +125,7 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
   sweep = plan.everyone
   costs = cost.predict(sweep, on, paces)
   spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}
-  done = {arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)}
+  done = {arm.arm_id for arm in plan.arms if plan.is_done(arm.arm_id)}
   amounts = {}
   for arm_id, arm in ((arm.arm_id, arm) for arm in plan.arms):
     c, used = costs[arm_id], spent[arm_id]

@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from launch.plan import Plan, experiment_name, units
 from slm_jax import distributed
 from slm_jax.ablate import report, why
 from slm_jax.ablate import workdir as workdirs
+from slm_jax.ablate.adopt import adopt, find_adoptable
 from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
@@ -68,14 +70,16 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   if options.why:
     print(why.explain(options.why, everyone, workdir))
     return EXIT_DONE
+  adoptable = take_over(workdir, everyone, options)
   chosen = choose(
     everyone,
     only=options.only or (),
     exclude=options.exclude or (),
     limit=options.limit,
-    is_done=lambda arm_id: workdirs.is_done(workdir, arm_id),
+    is_done=lambda arm_id: workdirs.is_done(workdir, adoptable.get(arm_id, arm_id)),
   )
-  plan = Plan(module, workdir, chosen.arms, which(options, overrides), baseline(module, chosen.arms), everyone)
+  words, first = which(options, overrides), baseline(module, chosen.arms)
+  plan = Plan(module, workdir, chosen.arms, words, first, everyone, adoptable)
   chosen_engine.check(plan, options)
   budgets.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
@@ -102,9 +106,28 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
 def arms_of(module: ModuleType, options: flags.FlagValues, overrides: Mapping[str, str]) -> list[Arm]:
   """All arms of the sweep; of a search, those that the results so far ask for."""
   if options.search:
-    return search.arms(module, options, overrides)
+    workdir = expanded(options.workdir)
+    return search.arms(module, options, overrides, adopt=lambda arms: take_over(workdir, arms, options))
   limit = math.inf if options.yes else MANY
   return expand(module, options.sweep, overrides, seeds=options.seeds or 0, limit=limit)
+
+
+def take_over(workdir: Path, arms: Sequence[Arm], options: flags.FlagValues) -> Mapping[str, str]:
+  """Renames what an earlier version recorded of these arms. Returns what a dry run would rename: `find_adoptable`.
+
+  Workers rename nothing: the launch that started them has done so, and several of them may start at once.
+  """
+  found = find_adoptable(workdir, arms) if not options.arm else {}
+  if not found:
+    return {}
+  about = f'{len(found)} arms were recorded by an earlier version under other ids'
+  if options.dry_run:
+    print(f'{about}; a launch renames them, and does not train them again')
+    return found
+  with workdirs.lock(workdir):
+    adopt(workdir, arms, found)
+  print(f'{about}; they have their new ids now, and are not trained again')
+  return {}
 
 
 def which(options: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
@@ -176,7 +199,7 @@ def unfinished(plan: Plan, options: flags.FlagValues) -> list[Arm]:
   """The arms to run. To a search, that a run diverged is a result like another: it is not tried again."""
   if options.search:
     return [arm for arm in plan.arms if outcome(plan.workdir, arm.arm_id) is None]
-  return [arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+  return [arm for arm in plan.arms if not plan.is_done(arm.arm_id)]
 
 
 def run_some(plan: Plan, arms: Sequence[Arm], options: flags.FlagValues, train: worker.Train | None) -> int:
@@ -190,11 +213,11 @@ def note(plan: Plan, arms: Sequence[Arm]) -> None:
   """Sees to it that what is about to run can be, and stands in experiment.json."""
   own = {arm.arm_id for arm in arms}
   for arm in arms:
-    if workdirs.is_done(plan.workdir, arm.arm_id):
+    if plan.is_done(arm.arm_id):
       print(f'{arm.name} ({arm.arm_id}) is done; nothing to do')
       continue
     for parent in arm.parents.values():
-      done = parent in own or workdirs.is_done(plan.workdir, parent)
+      done = parent in own or plan.is_done(parent)
       require(done, f'--arm={arm.arm_id}: builds on {parent}, which is not done in {plan.workdir}; run that one first')
   recorded = workdirs.read_experiment(plan.workdir)
   if recorded is None or not own.issubset(recorded.arms):
@@ -210,7 +233,7 @@ def is_stale(plan: Plan) -> bool:
     return True
   if own_report(plan) and not recorded.answer:
     return True
-  done = [arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)]
+  done = [arm.arm_id for arm in plan.arms if plan.is_done(arm.arm_id)]
   ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
   return max(ends, default=0) > page.stat().st_mtime
 

@@ -215,14 +215,14 @@ def is_done(plan: Plan, unit: Unit, patience: float = 0) -> bool:
 def can_start(plan: Plan, unit: Unit) -> bool:
   """Whether all that one of its arms builds on is done. Of the others its worker says that they are blocked."""
   parents = [arm.parents.values() for arm in plan.arms if arm.arm_id in unit.arms]
-  return any(all(workdirs.is_done(plan.workdir, parent) for parent in its) for its in parents)
+  return any(all(plan.is_done(parent) for parent in its) for its in parents)
 
 
 def why(plan: Plan, unit: Unit) -> str:
   """What the arms of a unit that are not done say in their run.json."""
   said = []
   for arm_id in unit.arms:
-    if not workdirs.is_done(plan.workdir, arm_id):
+    if not plan.is_done(arm_id):
       run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
       said.append(
         f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if run.get('error') else '')

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from launch.plan import Plan
 from slm_jax import chips
 from slm_jax.ablate import cost, table
-from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import shown
 from slm_jax.ablate.cost import Cost, Device
 from slm_jax.ablate.measure import Pace
@@ -23,7 +22,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
     differs = [f'{key}={shown(here)}' for key, (_, here) in arm.diff.items() if key not in SEEDS]
     rows.append(
       (
-        'done' if workdirs.is_done(plan.workdir, arm.arm_id) else 'missing',
+        'done' if plan.is_done(arm.arm_id) else 'missing',
         arm.arm_id,
         arm.name,
         str(arm.config.seed),
@@ -42,7 +41,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
 
 def _together(plan: Plan, costs: Mapping[str, Cost], on: Device) -> list[str]:
   """What the missing arms take, and where the figures are from."""
-  missing = [costs[arm.arm_id] for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)]
+  missing = [costs[arm.arm_id] for arm in plan.arms if not plan.is_done(arm.arm_id)]
   prices = {chips.price(on.kind, arm.config.run.price)[1] for arm in plan.arms}
 
   def add(field: str) -> float:

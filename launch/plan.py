@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -33,6 +33,7 @@ class Plan(NamedTuple):
   options: Sequence[str]  # of the command line, those that decide what the arms are
   baseline: str  # name of the arm that others are compared with
   sweep: Sequence[Arm] = ()  # all arms of the sweep, if `arms` is a part of it
+  adoptable: Mapping[str, str] = {}  # {arm id: folder of an earlier version}, in a dry run, which renames nothing
 
   @property
   def name(self) -> str:
@@ -42,6 +43,9 @@ class Plan(NamedTuple):
   def everyone(self) -> dict[str, Arm]:
     """All arms of the sweep by their ids."""
     return {arm.arm_id: arm for arm in self.sweep or self.arms}
+
+  def is_done(self, arm_id: str) -> bool:
+    return workdirs.is_done(self.workdir, self.adoptable.get(arm_id, arm_id))
 
   def command(self, *arm_ids: str) -> str:
     """One shell line that runs these arms; the same on every engine."""
@@ -91,7 +95,7 @@ def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Uni
     name when some of its arms are done: by it, the next launch knows that it runs. 0: arms that can share a program are
     shared out among so many workers; one arm a worker if their number is not known.
   """
-  missing = {arm.arm_id: arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)}
+  missing = {arm.arm_id: arm for arm in plan.arms if not plan.is_done(arm.arm_id)}
   cut = list(plan.arms if arms_per_job else missing.values())
   level: dict[str, int] = {}  # the longest way to an arm from one without parents
   for arm in cut:

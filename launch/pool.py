@@ -74,7 +74,7 @@ def run(
   if asked:
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
-  return EXIT_DONE if all(workdirs.is_done(plan.workdir, arm.arm_id) for arm in plan.arms) else EXIT_FAILED
+  return EXIT_DONE if all(plan.is_done(arm.arm_id) for arm in plan.arms) else EXIT_FAILED
 
 
 class Pool:
@@ -185,7 +185,7 @@ class Pool:
   # ---- what it goes by
 
   def _is_done(self, arm_id: str) -> bool:
-    return workdirs.is_done(self._plan.workdir, arm_id)
+    return self._plan.is_done(arm_id)
 
   def _blockers(self, arm: Arm) -> list[str]:
     return [parent for parent in dict.fromkeys(arm.parents.values()) if not self._is_done(parent)]

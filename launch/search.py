@@ -27,12 +27,17 @@ def check(options: flags.FlagValues) -> None:
 
 
 def arms(
-  module: ModuleType, options: flags.FlagValues, overrides: Mapping[str, str], run: Run | None = None
+  module: ModuleType,
+  options: flags.FlagValues,
+  overrides: Mapping[str, str],
+  run: Run | None = None,
+  adopt: Callable[[Sequence[Arm]], object] = lambda arms: None,
 ) -> list[Arm]:
   """The arms of --sweep, if it is given, and the trials of the search as far as their losses are known, and one round.
 
   run: makes losses known, by running arms of a round that have none yet; after that, all trials are here unless a run
   failed. The later trials depend on it: they wait until it is launched again. A run that diverged is an answer.
+  adopt: is given the arms of every round before their losses are asked for; see `cli.take_over`.
   """
   from slm_jax.data import sources  # heavier than the rest
 
@@ -45,6 +50,7 @@ def arms(
     now = expand(module, options.sweep, overrides, trials=trials, limit=limit, fingerprint=fingerprint)
     new = [arm for arm in now if arm.arm_id not in found]
     found.update((arm.arm_id, arm) for arm in new)
+    adopt(now)
     missing = [arm for arm in new if search.outcome(workdir, arm.arm_id) is None]
     if missing and run:
       run(list(found.values()), missing)

@@ -5,7 +5,7 @@ none of them; it only knows how to change, check, print and hash such trees:
 
     config = override(config, {'optim.learning_rate': '3e-4', 'model': 'smollm2_135m'})
     config = check(config)              # values as members of their types; each section's own check()
-    arm_id = semantic_hash(config)      # 12 hex digits; fields marked semantic=False do not enter
+    arm_id = semantic_hash(config)      # 12 hex digits; fields marked semantic=False, and defaults, do not enter
 
 Errors are `ConfigError`s of one line that name the key, the value and what is allowed.
 """
@@ -40,15 +40,22 @@ def to_install(extra: str) -> str:
   return f"pip install '.[{extra}]' in the project's folder"
 
 
-def setting(default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False) -> Any:
+def setting(
+  default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False, unhashed: Any = dataclasses.MISSING
+) -> Any:
   """A dataclass field with a default.
 
   semantic: False for what cannot change the result (paths, device counts, logging); such fields are not hashed.
   arm: True if the value names another arm of the same sweep, on whose checkpoint this one depends.
   traced: True for a number that the compiled step takes as an argument (`hparams`): arms that differ only in such
     numbers share one executable.
+  unhashed: the value that does not enter an arm's id; the default unless given. A field whose default changes must name
+    its first default here: otherwise a run with the old default and a run with the new one would have one id.
   """
-  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm, 'traced': traced})
+  metadata = {'semantic': semantic, 'arm': arm, 'traced': traced}
+  return dataclasses.field(
+    default=default, metadata=metadata if unhashed is dataclasses.MISSING else {**metadata, 'unhashed': unhashed}
+  )
 
 
 # ---------------------------------------------------------------------------------------------- dotted overrides
@@ -233,14 +240,46 @@ def from_dict(cls: type[T], values: Mapping[str, Any], key: str = 'config') -> T
   return cls(**parts)
 
 
-def canonical_json(config: Any, semantic_only: bool = False) -> str:
+def canonical_json(config: Any) -> str:
   """One line, sorted keys, no NaN; floats by shortest round trip, so 1e-3 and 0.001 are the same text."""
-  return json.dumps(to_dict(config, semantic_only), sort_keys=True, separators=(',', ':'), allow_nan=False)
+  return json.dumps(to_dict(config), sort_keys=True, separators=(',', ':'), allow_nan=False)
+
+
+def identity(config: Any, default: Any = None) -> dict[str, Any]:
+  """Returns the semantic settings that differ from their defaults: all that an arm's id is a hash of.
+
+  A field that is added to a section later changes no id while it is at its default. See `setting` for defaults that
+  change. default: a section whose values are the defaults, in place of those of its class.
+  """
+  out = {'kind': config.kind} if hasattr(config, 'kind') else {}
+  for field in dataclasses.fields(config):
+    if not field.metadata.get('semantic', True):
+      continue
+    value, unhashed = getattr(config, field.name), _unhashed(field, default)
+    if _is_section(value):
+      inside = identity(value, unhashed if _is_section(unhashed) else None)
+      if inside.keys() - {'kind'} or inside.get('kind') != getattr(unhashed, 'kind', None):
+        out[field.name] = inside
+    elif isinstance(value, (tuple, list)) and any(map(_is_section, value)):
+      out[field.name] = [identity(item) if _is_section(item) else _plain(item, True) for item in value]
+    elif unhashed is dataclasses.MISSING or _plain(value, True) != _plain(unhashed, True):
+      out[field.name] = _plain(value, True)
+  return out
+
+
+def _unhashed(field: dataclasses.Field, default: Any) -> Any:
+  """The value of a field that enters no id; MISSING if every value does."""
+  if 'unhashed' in field.metadata:
+    return field.metadata['unhashed']
+  if hasattr(default, field.name):
+    return getattr(default, field.name)
+  return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def semantic_hash(config: Any) -> str:
-  """First 12 hex digits of SHA-256 over the canonical JSON of the semantic fields: an arm's identity."""
-  return hashlib.sha256(canonical_json(config, semantic_only=True).encode()).hexdigest()[:12]
+  """Computes an arm's id: the first 12 hex digits of SHA-256 over the JSON of its `identity`."""
+  text = json.dumps(identity(config), sort_keys=True, separators=(',', ':'), allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Config:
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   train: TrainConfig = TrainConfig()
-  eval: EvalConfig = EvalConfig()
+  eval: EvalConfig = setting(EvalConfig(), semantic=False)  # measures a model, and does not change it
   init: InitConfig = InitConfig()
   transforms: tuple[TransformConfig, ...] = ()
   run: RunConfig = setting(RunConfig(), semantic=False)

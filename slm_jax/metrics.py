@@ -14,7 +14,7 @@ from slm_jax.config import require, to_dict, to_install
 from slm_jax.files import read_object, write_json, write_text
 
 LOST = 'lost.json'  # beside metrics.jsonl: {phase: seconds of all processes that worked on the run}
-FORMAT = 1  # of what a run leaves (run.json, metrics.jsonl); a number that run.json holds
+FORMAT = 2  # of what a run leaves (run.json, metrics.jsonl); run.json holds it. 1: other arm ids (ablate/adopt.py)
 
 
 class Sink(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from slm_jax.config import ConfigError, require
 from slm_jax.files import write_json
 
-FORMAT = 1
+FORMAT = 2  # 1: an arm's id was a hash of all its settings (adopt.py)
 
 
 class Experiment(NamedTuple):
