@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from launch import aot_slice
-from launch.cli import split_overrides
+from launch.options import split_overrides
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, expand
 from slm_jax.chips import Chip

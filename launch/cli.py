@@ -5,32 +5,31 @@
 A wrong flag, key, value or combination is one line on stderr and exit code 1, before anything is compiled or written.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
 
 from launch import budgets, search, worker
-from launch.engines import ENGINES, Engine, engine
+from launch.engines import Engine, engine
+from launch.existing import adopt_recorded, rerun_outdated
+from launch.options import PREFIX, help_text, parse, split_overrides
 from launch.plan import Plan, experiment_name, units
 from slm_jax import distributed
 from slm_jax.ablate import report, why
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.ablate.adopt import adopt, find_adoptable
-from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
+from slm_jax.ablate.arms import MANY, Arm, expand
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
-from slm_jax.config import ConfigError, flatten, require
+from slm_jax.config import ConfigError, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from slm_jax.revision import experiment_files, hash_files
 
-PREFIX = '--config.'
 FEW = 5  # remarks of a kind
 
 
@@ -70,7 +69,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   if options.why:
     print(why.explain(options.why, everyone, workdir))
     return EXIT_DONE
-  adoptable = take_over(workdir, everyone, options)
+  adoptable = adopt_recorded(workdir, everyone, options)
   chosen = choose(
     everyone,
     only=options.only or (),
@@ -78,8 +77,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     limit=options.limit,
     is_done=lambda arm_id: workdirs.is_done(workdir, adoptable.get(arm_id, arm_id)),
   )
-  words, first = which(options, overrides), baseline(module, chosen.arms)
-  plan = Plan(module, workdir, chosen.arms, words, first, everyone, adoptable)
+  words, first, files = which(options, overrides), baseline(module, chosen.arms), experiment_files(module)
+  plan = Plan(module, workdir, chosen.arms, words, first, everyone, adoptable, files=files, code=hash_files(files))
   chosen_engine.check(plan, options)
   budgets.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
@@ -87,6 +86,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
   for line in remarks(plan, everyone, chosen.along, overrides):
     print(line)
+  plan = rerun_outdated(plan, options) if not arms else plan
 
   # ---- do it
   if options.dry_run:
@@ -107,27 +107,9 @@ def arms_of(module: ModuleType, options: flags.FlagValues, overrides: Mapping[st
   """All arms of the sweep; of a search, those that the results so far ask for."""
   if options.search:
     workdir = expanded(options.workdir)
-    return search.arms(module, options, overrides, adopt=lambda arms: take_over(workdir, arms, options))
+    return search.arms(module, options, overrides, adopt=lambda arms: adopt_recorded(workdir, arms, options))
   limit = math.inf if options.yes else MANY
   return expand(module, options.sweep, overrides, seeds=options.seeds or 0, limit=limit)
-
-
-def take_over(workdir: Path, arms: Sequence[Arm], options: flags.FlagValues) -> Mapping[str, str]:
-  """Renames what an earlier version recorded of these arms. Returns what a dry run would rename: `find_adoptable`.
-
-  Workers rename nothing: the launch that started them has done so, and several of them may start at once.
-  """
-  found = find_adoptable(workdir, arms) if not options.arm else {}
-  if not found:
-    return {}
-  about = f'{len(found)} arms were recorded by an earlier version under other ids'
-  if options.dry_run:
-    print(f'{about}; a launch renames them, and does not train them again')
-    return found
-  with workdirs.lock(workdir):
-    adopt(workdir, arms, found)
-  print(f'{about}; they have their new ids now, and are not trained again')
-  return {}
 
 
 def which(options: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
@@ -206,7 +188,7 @@ def run_some(plan: Plan, arms: Sequence[Arm], options: flags.FlagValues, train: 
   """What a worker does: the given arms, each under its own lock, and no report."""
   distributed.check_shared(plan.workdir)
   distributed.on_main(note, plan, arms)
-  return worker.run_arms(arms, plan.workdir, train=train, admit=budgets.admission(plan, options))
+  return worker.run_arms(arms, plan.workdir, train=train, code=plan.code, admit=budgets.admission(plan, options))
 
 
 def note(plan: Plan, arms: Sequence[Arm]) -> None:
@@ -259,94 +241,6 @@ def conclude(plan: Plan) -> None:
     print(f'\n{report.publish(plan.workdir)}')
 
 
-# ------------------------------------------------------------------------------------------------------- the flags
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-  """`({'a.b': 'v'}, the other arguments)` of `--config.a.b=v` and `--config.a.b v`."""
-  overrides, rest, arguments = {}, [], iter(argv)
-  for argument in arguments:
-    if not argument.startswith((PREFIX, PREFIX[1:])):
-      rest.append(argument)
-      continue
-    key, equals, value = argument.lstrip('-').removeprefix('config.').partition('=')
-    if not equals:
-      value = next(arguments, '--')
-      require(not value.startswith('--'), f'{PREFIX}{key}: needs a value, as in {PREFIX}{key}=VALUE')
-    overrides[key] = value
-  return overrides, rest
-
-
-def parse(argv: Sequence[str], name: str) -> flags.FlagValues:
-  """The flags of a launch. Raises flags.Error or ConfigError for anything else."""
-  values = flags.FlagValues()
-  text = 'which sweep to run: NAME of a sweep_NAME(), several as A,B for their product, none for the base alone'
-  flags.DEFINE_string('sweep', None, text, flag_values=values)
-  flags.DEFINE_integer('seeds', None, 'repeat a sweep that sets no seeds with so many', 1, flag_values=values)
-  text = 'only these arms: names, beginnings of ids or key=value, with * and ?; what they build on comes along'
-  flags.DEFINE_list('only', None, text, flag_values=values)
-  flags.DEFINE_list('exclude', None, 'all arms but these, given as for --only', flag_values=values)
-  flags.DEFINE_integer('limit', None, 'the first so many arms, and what they build on', 1, flag_values=values)
-  flags.DEFINE_bool('yes', False, f'more than {MANY:,} arms are meant', flag_values=values)
-  text = 'let search(trial) ask for so many arms, each in view of the losses before it; needs Optuna'
-  flags.DEFINE_integer('search', None, text, 1, flag_values=values)
-  flags.DEFINE_integer('search_round', 1, 'trials that a search asks for at a time', 1, flag_values=values)
-  text = 'ID1,ID2: show the settings in which the ids of two arms differ, of this sweep or in the workdir'
-  flags.DEFINE_list('why', None, text, flag_values=values)
-  flags.DEFINE_string('workdir', f'runs/{name}', 'folder of the results', flag_values=values)
-  flags.DEFINE_enum('launch', 'local', list(ENGINES), 'engine', flag_values=values)
-  flags.DEFINE_bool(
-    'dry_run', False, 'show the arms, what they take and their commands; write nothing', flag_values=values
-  )
-  flags.DEFINE_list(
-    'arm', None, 'run only the arms with these ids, here and now: what a worker does', flag_values=values
-  )
-  text = 'whether this worker is one of several processes that train an arm together: as JAX detects it (auto; on: or'
-  text += ' end), off, or ADDRESS:PORT,COUNT,INDEX'
-  flags.DEFINE_string('distributed', 'auto', text, flag_values=values)
-  flags.DEFINE_integer(
-    'arms_per_job',
-    0,
-    'arms that one worker runs (default: one, or its share of those that can train in one program)',
-    0,
-    flag_values=values,
-  )
-  text = 'FIRST,LAST: take an XProf trace of these steps of each arm (--config.run.profile)'
-  flags.DEFINE_string('profile', '', text, flag_values=values)
-  flags.DEFINE_bool('fail_fast', False, 'stop at the first arm that fails', flag_values=values)
-  budgets.define(values)
-  flags.DEFINE_bool('help', False, 'show this', short_name='h', flag_values=values)
-  for name in ENGINES:
-    engine(name).define(values)
-  values.set_gnu_getopt(True)
-  stray = values([name, *argv])[1:]
-  require(not stray, f'{" ".join(stray)!r}: not a flag; settings are given as {PREFIX}KEY=VALUE')
-  for name in ('sweep', 'only', 'exclude', 'why', 'workdir', 'arm'):  # an unset variable of a shell means nothing
-    require(bool(values[name].value) or not values[name].present, f'--{name}: needs a value')
-  return values
-
-
-def help_text(module: ModuleType, options: flags.FlagValues) -> str:
-  lines = [(module.__doc__ or experiment_name(module)).strip(), '', 'Flags:']
-  for flag in (options[name] for name in dict.fromkeys(options[key].name for key in options) if name != 'help'):
-    default = '' if flag.default in (None, False) else f' (default: {flag.default})'
-    lines.append(f'  --{flag.name}: {flag.help}{default}')
-  lines += ['', 'Sweeps:']
-  for name, function in sweeps_of(module).items():
-    about = (inspect.getdoc(function) or '').partition('\n')[0]
-    lines.append(f'  {name}: {about}' if about else f'  {name}')
-  lines += ['', 'Settings:']
-  lines += [f'  {PREFIX}{key}={_as_given(value)}' for key, value in flatten(base_config(module)).items()]
-  return '\n'.join(lines)
-
-
-def _as_given(value: Any) -> str:
-  """A value as the command line takes it, if it can be given there."""
-  if value is None:
-    return ''
-  return ','.join(map(shown, value)) if isinstance(value, list) else shown(value)
-
-
 # ------------------------------------------------------------------------------------------------ about the arms
 
 
@@ -386,5 +280,4 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
-  changed = why.drift(plan.arms, plan.workdir)
-  return [*lines, changed] if changed else lines
+  return lines

@@ -46,7 +46,7 @@ def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> int:
   admit = budgets.admission(plan, options)
   its = places_of(plan, options)
   if len(its) == 1:
-    return worker.run_arms(plan.arms, plan.workdir, admit=admit, fail_fast=options.fail_fast)
+    return worker.run_arms(plan.arms, plan.workdir, code=plan.code, admit=admit, fail_fast=options.fail_fast)
   units = _shared_out(plan, units, its, options)
   how = {'restarts': options.local_restarts, 'admit': admit, 'fail_fast': options.fail_fast}
   if not sys.stdout.isatty():

@@ -3,11 +3,12 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from slm_jax import revision
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
@@ -33,7 +34,11 @@ class Plan(NamedTuple):
   options: Sequence[str]  # of the command line, those that decide what the arms are
   baseline: str  # name of the arm that others are compared with
   sweep: Sequence[Arm] = ()  # all arms of the sweep, if `arms` is a part of it
-  adoptable: Mapping[str, str] = {}  # {arm id: folder of an earlier version}, in a dry run, which renames nothing
+  # In a dry run, which moves nothing: {arm id: folder of an earlier version}, and what --rerun would make again.
+  adoptable: Mapping[str, str] = {}
+  again: Collection[str] = ()
+  files: Mapping[str, Path] = {}  # of the experiment and what it imports, see `revision.experiment_files`
+  code: Mapping[str, str] = {}  # hashes of their content when the launch began
 
   @property
   def name(self) -> str:
@@ -45,7 +50,7 @@ class Plan(NamedTuple):
     return {arm.arm_id: arm for arm in self.sweep or self.arms}
 
   def is_done(self, arm_id: str) -> bool:
-    return workdirs.is_done(self.workdir, self.adoptable.get(arm_id, arm_id))
+    return arm_id not in self.again and workdirs.is_done(self.workdir, self.adoptable.get(arm_id, arm_id))
 
   def command(self, *arm_ids: str) -> str:
     """One shell line that runs these arms; the same on every engine."""
@@ -58,7 +63,8 @@ class Plan(NamedTuple):
     return ['python', *start, *self.options, f'--workdir={self.workdir}', f'--arm={",".join(arm_ids)}']
 
   def experiment(self) -> Experiment:
-    """What experiment.json should say of this launch: earlier launches' arms are kept, the answer if it is to these."""
+    """What experiment.json should say of this launch: earlier launches' arms are kept. The answer is kept
+    if it is about the same arms, by the same code."""
     before = workdirs.read_experiment(self.workdir) or Experiment(self.name)
     arms = dict(before.arms)
     for arm in self.arms:
@@ -69,19 +75,21 @@ class Plan(NamedTuple):
         'diff': {key: list(values) for key, values in arm.diff.items()},
         'command': self.command(arm.arm_id),
       }
-    latest = tuple(arm.arm_id for arm in self.arms)
+    latest, code = tuple(arm.arm_id for arm in self.arms), revision.digest(self.code)
     return before._replace(
       question=(self.module.__doc__ or '').strip(),
       baseline=self.baseline,
-      answer=before.answer if latest == before.latest else '',
+      answer=before.answer if (latest, code) == (before.latest, before.code) else '',
       latest=latest,
       arms=arms,
+      code=code,
     )
 
   def record(self) -> None:
-    """Writes experiment.json, and config.json of the arms that have none."""
+    """Writes experiment.json, config.json of the arms that have none, and a copy of the experiment's own files."""
     with workdirs.writing(self.workdir):
       workdirs.write_experiment(self.workdir, self.experiment())
+      workdirs.keep_code(self.workdir, self.files)
       for arm in self.arms:
         path = workdirs.folder(self.workdir, arm.arm_id) / 'config.json'
         if not path.exists():

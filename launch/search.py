@@ -37,7 +37,7 @@ def arms(
 
   run: makes losses known, by running arms of a round that have none yet; after that, all trials are here unless a run
   failed. The later trials depend on it: they wait until it is launched again. A run that diverged is an answer.
-  adopt: is given the arms of every round before their losses are asked for; see `cli.take_over`.
+  adopt: is given the arms of every round before their losses are asked for; see `existing.adopt_recorded`.
   """
   from slm_jax.data import sources  # heavier than the rest
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def run_arms(
   workdir: Path,
   *,
   train: Train | None = None,
+  code: Mapping[str, str] = {},
   admit: Callable[[Arm], str] = lambda arm: '',
   fail_fast: bool = False,
   say: Callable[[str], None] = print,
@@ -35,6 +37,7 @@ def run_arms(
   """Runs what is not done yet, parents first; returns 0 if all is done in the end, 42 if asked to stop, else 1.
 
   An arm that fails (a NaN, a bug) stops only the arms that build on it. train: `slm_jax.train.run` unless given.
+  code: hashes of the experiment's own files, for run.json (`Plan.code`).
   admit: says why an arm may not be started, '' if it may; after the first that may not, none is.
   """
   titles = {arm.arm_id: f'[{i}/{len(arms)}] {arm.title}' for i, arm in enumerate(arms, 1)}
@@ -51,7 +54,7 @@ def run_arms(
         for arm in group:
           say(f'{titles[arm.arm_id]}: starts' + (f', in one program with {len(group) - 1} more' if group[1:] else ''))
           waiting.remove(arm)
-        codes = _run_group(group, workdir, train)
+        codes = _run_group(group, workdir, train, code)
         for arm in group:
           if codes[arm.arm_id] != EXIT_PREEMPTED:
             say(f'{titles[arm.arm_id]}: {outcome(workdir, arm, codes[arm.arm_id])}')
@@ -123,7 +126,7 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
     raise
 
 
-def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict[str, int]:
+def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None, code: Mapping[str, str]) -> dict[str, int]:
   """The exit code of every arm; whatever is raised is shown here, so that other arms can go on."""
   codes: dict[str, int] = {}
   with contextlib.ExitStack() as locks:
@@ -140,9 +143,9 @@ def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None) -> dict
         break
       try:
         if members[1:]:
-          codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir)
+          codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir, code)
         else:
-          codes[members[0]] = (train or _default_train())(mine[members[0]], workdir, members[0])
+          codes[members[0]] = (train or _default_train(code))(mine[members[0]], workdir, members[0])
       except Exception as error:
         codes |= dict.fromkeys(members, EXIT_FAILED)
         if isinstance(error, ConfigError):
@@ -159,10 +162,10 @@ def _train_together() -> Callable[..., dict[str, int]]:
   return run
 
 
-def _default_train() -> Train:
+def _default_train(code: Mapping[str, str]) -> Train:
   from slm_jax.train import run  # heavy, and not needed where all is done
 
-  return run
+  return functools.partial(run, code=code)
 
 
 def outcome(workdir: Path, arm: Arm, code: int) -> str:

@@ -38,12 +38,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-  """The file holds either its old content or all of the new one, whatever happens in between."""
+  """Writes a text as UTF-8, as `write_bytes` does."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+  """Replaces a file: it holds either its old content or all of the new one, whatever happens in between."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.write(text)
+    with open(temporary, 'wb') as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)

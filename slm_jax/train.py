@@ -71,23 +71,26 @@ class Job(NamedTuple):
   began: float  # time.perf_counter() when there was nothing of it yet
 
 
-def run(config: Config, workdir: Path, arm_id: str) -> int:
-  """Trains the arm unless it is done. Returns 0 (done), 1 (failed for good) or 42 (preempted, state saved)."""
+def run(config: Config, workdir: Path, arm_id: str, code: Mapping[str, str] = {}) -> int:
+  """Trains the arm unless it is done. Returns 0 (done), 1 (failed for good) or 42 (preempted, state saved).
+
+  code: hashes of the experiment's own files, for run.json.
+  """
   folder = workdir / 'arms' / arm_id
   if distributed.on_main((folder / 'DONE').exists):
     return EXIT_DONE
   perf.keep_freed_memory()  # before anything is computed
   folder.mkdir(parents=True, exist_ok=True)
   perf.cache_compilations(workdir / 'cache')
-  record = Record(folder, arm_id, config)
+  record = Record(folder, arm_id, config, experiment=code)
   try:
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       parents = cost_of_parents(job, workdir)
-      code = record.done({**train(job, stop, arm_id), **parents})
+      ended = record.done({**train(job, stop, arm_id), **parents})
       stop.pass_on()
-      return code
+      return ended
   except Exception as error:
     return record.ended(error)
 

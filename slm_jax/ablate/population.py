@@ -37,13 +37,15 @@ from slm_jax.train import Job, cost_of_parents, finish, prepare, valid_batches
 class Member:
   """One arm of a population: its place in the arrays, its files and its books."""
 
-  def __init__(self, config: Config, arm_id: str, at: tuple[int, int], workdir: Path, size: int):
+  def __init__(
+    self, config: Config, arm_id: str, at: tuple[int, int], workdir: Path, size: int, code: Mapping[str, str]
+  ):
     self.at = at  # order of the data, arm within it
     self.config, self.arm_id, self.folder = config, arm_id, workdir / 'arms' / arm_id
     self.code: int | None = None  # of its exit, once it has ended
     self._share = 1 / size
     self.folder.mkdir(parents=True, exist_ok=True)
-    self._record = Record(self.folder, arm_id, config, population=size)
+    self._record = Record(self.folder, arm_id, config, experiment=code, population=size)
 
   def open(self, job: Job, workdir: Path, files: contextlib.ExitStack) -> None:
     self.job = job._replace(config=self.config, folder=self.folder)
@@ -135,10 +137,11 @@ def restore(members: Sequence[Member], program: Program) -> tuple[TrainState, li
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-def run(arms: Mapping[str, Config], workdir: Path) -> dict[str, int]:
+def run(arms: Mapping[str, Config], workdir: Path, code: Mapping[str, str] = {}) -> dict[str, int]:
   """Trains arms of one group (see `groups`), none of them done yet; `{arm id: exit code}`.
 
-  One program for all, or for the parts of them that fit into memory and have come equally far.
+  One program for all, or for the parts of them that fit into memory and have come equally far. code: hashes of the
+  experiment's own files, for run.json.
   """
   perf.keep_freed_memory()
   perf.cache_compilations(workdir / 'cache')
@@ -146,20 +149,21 @@ def run(arms: Mapping[str, Config], workdir: Path) -> dict[str, int]:
   waiting = by_progress(arms, workdir)
   while waiting and EXIT_PREEMPTED not in codes.values():
     part = waiting.pop(0)
-    ended = run_part(part, workdir)
+    ended = run_part(part, workdir, code)
     if ended is None:
       waiting = halves(part) + waiting
     codes.update(ended or {})
   return codes
 
 
-def run_part(arms: Mapping[str, Config], workdir: Path) -> dict[str, int] | None:
+def run_part(arms: Mapping[str, Config], workdir: Path, code: Mapping[str, str] = {}) -> dict[str, int] | None:
   """The exit codes; None if there is not enough memory, and nothing was done."""
   in_order = sorted(arms.items(), key=lambda item: item[1].data.seed)
   seeds = list(dict.fromkeys(config.data.seed for _, config in in_order))
   per_order = len(arms) // len(seeds)
   members = [
-    Member(config, arm_id, divmod(i, per_order), workdir, len(arms)) for i, (arm_id, config) in enumerate(in_order)
+    Member(config, arm_id, divmod(i, per_order), workdir, len(arms), code)
+    for i, (arm_id, config) in enumerate(in_order)
   ]
   try:
     with disk_errors(workdir), Preemption() as stop, contextlib.ExitStack() as files:

@@ -10,6 +10,8 @@ from slm_jax.config import ConfigError, flatten, require, to_dict
 from slm_jax.files import read_object
 from slm_jax.revision import source
 
+LISTED = 5  # arms that are named in a message
+
 
 class Known(NamedTuple):
   """An arm of the sweep, or one that an earlier launch left in the workdir."""
@@ -76,19 +78,52 @@ def _find(prefix: str, known: Mapping[str, Known], workdir: Path) -> str:
   raise ConfigError(f'--why={prefix}: no such id in this sweep or in {workdir}; --dry_run shows those of the sweep')
 
 
-def drift(arms: Iterable[Arm], workdir: Path) -> str:
-  """One line if arms that are done were made by other code than is here now, else ''."""
+def made_by_other_code(arms: Iterable[Arm], workdir: Path, code: Mapping[str, str]) -> dict[str, set[str]]:
+  """Returns `{id of a finished arm: the parts of the code that have changed since it was made}`.
+
+  code: hashes of the experiment's own files as they are now, `revision.hash_files`. Of an arm whose record does not
+  say by what code it was made, nothing is said.
+  """
   done = [arm.arm_id for arm in arms if workdirs.is_done(workdir, arm.arm_id)]
-  now = source() if done else {}
-  others, changed = 0, set()
+  now = {'source': source() if done else {}, 'experiment': code}
+  found = {}
   for arm_id in done:
-    then = read_object(workdirs.folder(workdir, arm_id) / 'run.json').get('source')
-    if isinstance(then, dict) and then != now:  # a record without it is of an unknown code: nothing can be said
-      others += 1
-      changed |= {name for name in {**then, **now} if then.get(name) != now.get(name)}
-  if not others:
+    run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
+    changed = {name for part in now for name in _changed(run.get(part), now[part])}
+    if changed:
+      found[arm_id] = changed
+  return found
+
+
+def _changed(then: Any, now: Mapping[str, str]) -> set[str]:
+  if not isinstance(then, dict) or not then or not now:
+    return set()
+  return {name for name in {**then, **now} if then.get(name) != now.get(name)}
+
+
+def made_with_other_settings(arms: Iterable[Arm], workdir: Path) -> dict[str, list[str]]:
+  """Returns `{arm id: settings that were recorded with another value}`: an arm's id says nothing of defaults.
+
+  It happens where the default of a transform in an experiment's own file was edited.
+  """
+  found = {}
+  for arm in arms:
+    recorded = flatten(read_object(workdirs.folder(workdir, arm.arm_id) / 'config.json'))
+    settings = flatten(to_dict(arm.config, semantic_only=True)) if recorded else {}
+    differ = [key for key in settings if key in recorded and recorded[key] != settings[key]]
+    if differ:
+      found[arm.arm_id] = [f'{key}={shown(recorded[key])}, now {shown(settings[key])}' for key in differ]
+  return found
+
+
+def drift(arms: Sequence[Arm], outdated: Mapping[str, set[str]]) -> str:
+  """Returns one line about the arms that `made_by_other_code` found; '' if there are none."""
+  if not outdated:
     return ''
+  names = list(dict.fromkeys(arm.title for arm in arms if arm.arm_id in outdated))
+  more = f' and {len(names) - LISTED} more' if len(names) > LISTED else ''
+  changed = ', '.join(sorted(set().union(*outdated.values())))
   return (
-    f'{others} of {len(done)} finished arms were made by other code (since then {", ".join(sorted(changed))} changed);'
-    ' another --workdir would run them anew'
+    f'warning: {len(outdated)} of {len(arms)} arms were made by other code (changed since then: {changed}):'
+    f' {"; ".join(names[:LISTED])}{more}. --rerun makes them again; another --workdir keeps both'
   )

@@ -2,6 +2,8 @@
 
 experiment.json       which experiment this is, and every arm that was ever launched here: `Experiment`
 arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, lost.json, samples.json, checkpoints/, model/, DONE
+code/<digest>/        the experiment's own files as they were at a launch; run.json of an arm says which
+replaced/             folders of arms that --rerun made again
 results.csv  report.html  plots/
 lock                  held by the launch at work here; each arm's folder has one too
 """
@@ -16,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slm_jax import revision
 from slm_jax.config import ConfigError, require
-from slm_jax.files import write_json
+from slm_jax.files import write_bytes, write_json
 
 FORMAT = 2  # 1: an arm's id was a hash of all its settings (adopt.py)
 
@@ -31,6 +34,7 @@ class Experiment(NamedTuple):
   answer: str = ''  # what the experiment's own report(rows) said
   latest: tuple[str, ...] = ()  # arm ids of the latest launch
   arms: Mapping[str, Mapping[str, Any]] = {}  # {arm id: {name, group, parents, diff, command}}, first launched first
+  code: str = ''  # digest of the experiment's own files at the latest launch
 
 
 def folder(workdir: Path, arm_id: str) -> Path:
@@ -61,6 +65,24 @@ def write_experiment(workdir: Path, experiment: Experiment) -> None:
   # A list keeps the order of the arms, which a JSON object with sorted keys does not.
   values['arms'] = [{'arm_id': arm_id, **entry} for arm_id, entry in experiment.arms.items()]
   write_json(workdir / 'experiment.json', {'format': FORMAT, **values})
+
+
+def keep_code(workdir: Path, files: Mapping[str, Path]) -> None:
+  """Copies the experiment's own files to code/<digest>/, unless that copy exists."""
+  copy = workdir / 'code' / revision.digest(revision.hash_files(files))
+  for name, path in files.items():
+    if not (copy / name).exists():
+      write_bytes(copy / name, path.read_bytes())
+
+
+def set_aside(workdir: Path, arm_id: str) -> Path:
+  """Moves an arm's folder to replaced/, so that the arm can be made again. Returns the new place."""
+  target = workdir / 'replaced' / arm_id
+  while target.exists():
+    target = target.with_name(f'{target.name}+')
+  target.parent.mkdir(exist_ok=True)
+  os.rename(folder(workdir, arm_id), target)
+  return target
 
 
 def check_workdir(workdir: Path, name: str) -> None:

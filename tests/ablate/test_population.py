@@ -249,7 +249,7 @@ def test_split_where_memory_is_short(tmp_path, monkeypatch):
   """Into halves that are populations: of the arms of each order, then of the orders."""
   parts = []
 
-  def run_part(part, workdir):
+  def run_part(part, workdir, code):
     parts.append(list(part))
     return dict.fromkeys(part, 0) if len(part) < 2 else None
 

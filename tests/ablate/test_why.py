@@ -6,7 +6,7 @@ import json
 import pytest
 from fakes import arms_of, experiment
 
-from slm_jax.ablate.why import drift, explain
+from slm_jax.ablate.why import drift, explain, made_by_other_code, made_with_other_settings
 from slm_jax.config import ConfigError, to_dict
 from slm_jax.distill.logits import Distill
 from slm_jax.revision import source
@@ -85,22 +85,45 @@ def test_a_beginning_of_several_ids_is_refused(arms, tmp_path):
     explain(['zz', arms[0].arm_id], arms, tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ drift
+# ---------------------------------------------------------------------------------------- made by other code
+
+CODE = {'experiments/mine.py': '11111111', 'experiments/parts.py': '22222222'}
 
 
-def test_an_arm_made_by_this_code_or_by_an_unknown_one_is_no_drift(arms, tmp_path):
-  assert drift(arms, tmp_path) == ''
-  leave(tmp_path, arms[0], run={'source': source()})
+def test_an_arm_made_by_this_code_or_by_an_unknown_one_is_up_to_date(arms, tmp_path):
+  assert made_by_other_code(arms, tmp_path, CODE) == {}
+  leave(tmp_path, arms[0], run={'source': source(), 'experiment': CODE})
   leave(tmp_path, arms[1])
-  assert drift(arms, tmp_path) == ''
+  leave(tmp_path, arms[2], run={'source': source()})  # made before experiment files were recorded
+  assert made_by_other_code(arms, tmp_path, CODE) == {}
+  assert drift(arms, {}) == ''
 
 
-def test_arms_made_by_other_code_are_told_in_one_line(arms, tmp_path):
-  leave(tmp_path, arms[0], run={'source': source()})
-  leave(tmp_path, arms[1], run={'source': {**source(), 'step': '0' * 8}})
+def test_every_changed_part_is_found_in_slm_jax_and_in_the_experiment(arms, tmp_path):
+  leave(tmp_path, arms[0], run={'source': source(), 'experiment': CODE})
+  leave(tmp_path, arms[1], run={'source': {**source(), 'step': '0' * 8}, 'experiment': CODE})
   old = {name: digits for name, digits in source().items() if name != 'optim'}
   leave(tmp_path, arms[2], run={'source': {**old, 'gone': '0' * 8}})
-  found = drift(arms, tmp_path)
-  assert found.startswith('2 of 3 finished arms were made by other code (since then gone, optim, step changed)')
-  assert '\n' not in found
-  assert drift(arms[:1], tmp_path) == ''
+  leave(tmp_path, arms[3], run={'source': source(), 'experiment': {**CODE, 'experiments/mine.py': '0' * 8}})
+  found = made_by_other_code(arms, tmp_path, CODE)
+  assert found == {
+    arms[1].arm_id: {'step'},
+    arms[2].arm_id: {'gone', 'optim'},
+    arms[3].arm_id: {'experiments/mine.py'},
+  }
+  line = drift(arms, found)
+  assert line.startswith(
+    'warning: 3 of 4 arms were made by other code (changed since then: experiments/mine.py, gone, optim, step): '
+  )
+  assert all(arm.title in line for arm in arms[1:])
+  assert arms[0].title not in line
+  assert '\n' not in line
+
+
+def test_a_default_that_was_edited_is_found_in_the_record(arms, tmp_path):
+  leave(tmp_path, arms[0])
+  changed = to_dict(arms[1].config)
+  changed['optim']['warmup'] = 7
+  changed['run']['log_every'] = 99  # cannot change a result
+  leave(tmp_path, arms[1], changed)
+  assert made_with_other_settings(arms, tmp_path) == {arms[1].arm_id: ['optim.warmup=7, now 100']}
