@@ -23,7 +23,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import TEACHER, claim, equal, student, table, values, wider
+from experiments.common import TEACHER, student, table, wider
+from slm_jax.ablate.claims import Claim, equal, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -50,14 +51,15 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
   first, half, last = (losses[f'taught by {length:g}x'] for length in (LENGTHS[0], LENGTHS[-2], LENGTHS[-1]))
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
-  lines.append(claim('alone < taught by the shortest run', losses['alone'], first))
-  lines.append(claim('taught by the longest run < alone', last, losses['alone']))
-  lines.append(equal('taught by the longest run = by half of it', last, half, 0.02))
-  return '\n'.join(lines)
+  return [
+    *table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'}),
+    less('alone < taught by the shortest run', losses['alone'], first, primary=True),
+    less('taught by the longest run < alone', last, losses['alone'], primary=True),
+    equal('taught by the longest run = by half of it, within 0.02', last, half, 0.02, primary=True),
+  ]
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""What the questions share: a small student on stories, a wider teacher, a table, a claim and its verdict."""
+"""What the questions share: a small student on stories, a wider teacher, and a table of means."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slm_jax.ablate import stats
+from slm_jax.ablate.claims import values
 from slm_jax.ablate.results import Row
 from slm_jax.data.config import DataConfig
 from slm_jax.experiment import Config, EvalConfig, RunConfig, TrainConfig
@@ -11,8 +12,6 @@ from slm_jax.model.config import ModelConfig
 from slm_jax.optim import OptimConfig
 
 TEACHER = 'teacher'
-
-Values = dict[str, dict[Hashable, float]]  # {name: {seeds: value}}
 
 
 def student(steps: int) -> Config:
@@ -44,15 +43,6 @@ def wider(base: Config, steps: float) -> dict[str, Any]:
   return {'name': TEACHER, 'transforms': (), 'train.steps': round(steps * base.train.steps), **wide}
 
 
-def values(rows: Sequence[Row], key: str = 'loss', of: Callable[[float], float] = lambda value: value) -> Values:
-  """Of every arm that has the number in its summary, or of a function of it."""
-  found: Values = {}
-  for row in rows:
-    if row.summary.get(key) is not None:
-      found.setdefault(row.name, {})[row.seeds] = of(row.summary[key])
-  return found
-
-
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
   """Means with their 95 % intervals. columns: {key of a summary: its title}."""
   found = {key: values(rows, key) for key in columns}
@@ -64,22 +54,3 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
     shown = [stats.digits(cell.mean, cell.half) if cell.n else '–' for cell in cells]
     lines.append('    ' + name.ljust(wide) + ''.join(text.ljust(22) for text in shown))
   return lines
-
-
-def claim(what: str, better: Mapping[Hashable, float], worse: Mapping[Hashable, float], least: float = 0.0) -> str:
-  """'better is less than worse, by at least so much', over paired seeds: one line with its interval and verdict."""
-  difference = stats.paired(better, worse)
-  shown = stats.digits(difference.mean, difference.half, '+')
-  shifted = difference._replace(mean=difference.mean + least)
-  return f'- {what}: {shown}, n={difference.n}: {stats.expectation(shifted)}'
-
-
-def equal(what: str, ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], within: float) -> str:
-  """'The two are equal within so much', over paired seeds; an interval across the limit cannot tell."""
-  difference = stats.paired(ours, theirs)
-  size, shown = abs(difference.mean), stats.digits(difference.mean, difference.half, '+')
-  if not difference.n > 1 or abs(size - within) < difference.half:
-    verdict = 'CANNOT TELL'
-  else:
-    verdict = 'REPRODUCED' if size <= within else 'NOT REPRODUCED'
-  return f'- {what} within {within:g}: {shown}, n={difference.n}: {verdict}'

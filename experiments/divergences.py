@@ -25,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import TEACHER, claim, student, table, values, wider
+from experiments.common import TEACHER, student, table, wider
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -55,7 +56,7 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(warm, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   columns = {
     'loss': 'loss (nats)',
     'ece': 'calibration error',
@@ -64,15 +65,22 @@ def report(rows: Sequence[Row]) -> str:
     'reverse_kl': 'KL(q || p)',
     'rollout_kl': 'KL(q || p), rollouts',
   }
-  lines = table(rows, columns)
   loss, entropy, rollouts = values(rows), values(rows, 'entropy'), values(rows, 'rollout_kl')
+  lowest, sharper, closer = [], [], []
   for start in ('', ', warm'):
     kl, reverse = f'kl{start}', f'reverse_kl{start}'
-    for name in DIVERGENCES[1:]:
-      lines.append(claim(f'loss of {kl} < {name}{start}', loss[kl], loss[name + start]))
-    lines.append(claim(f'entropy of {reverse} < {kl}', entropy[reverse], entropy[kl]))
-    lines.append(claim(f'KL(q || p) on rollouts of {reverse} < {kl}', rollouts[reverse], rollouts[kl]))
-  return '\n'.join(lines)
+    lowest += [less(f'loss of {kl} < {name}{start}', loss[kl], loss[name + start]) for name in DIVERGENCES[1:]]
+    sharper.append(less(f'entropy of {reverse} < {kl}', entropy[reverse], entropy[kl]))
+    closer.append(less(f'KL(q || p) on rollouts of {reverse} < {kl}', rollouts[reverse], rollouts[kl]))
+  return [
+    *table(rows, columns),
+    all_of('forward KL has the lowest loss, cold and warm', lowest, primary=True),
+    all_of('reverse KL has the lower entropy, cold and warm', sharper, primary=True),
+    all_of('reverse KL has the lower KL(q || p) on rollouts, cold and warm', closer, primary=True),
+    *lowest,
+    *sharper,
+    *closer,
+  ]
 
 
 if __name__ == '__main__':

@@ -27,8 +27,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, student, values
+from experiments.common import student
 from slm_jax.ablate import stats
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override, require
@@ -103,7 +104,7 @@ def _recovered(what: str, start: str, on: str, base: Config, texts: Texts) -> It
   yield from _on_both(f'{what}, trained on {on}', arm | kept, on, texts)
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
   lines = ['    ' + 'loss (nats a byte)'.ljust(32) + 'on A'.ljust(20) + 'on B'.ljust(20)]
   starts = ('dense', *(f'{way} by {by}' for way in WAYS for by in 'AB'))
@@ -115,15 +116,25 @@ def report(rows: Sequence[Row]) -> str:
   def on(domain: str, what: str) -> Mapping[Hashable, float]:
     return losses.get(f'{what}, on {domain}', {})
 
+  at_once, later, narrow = [], [], []
   for way in WAYS:
     for a, b in ('AB', 'BA'):
-      lines.append(claim(f'{way}, on {a}: calibrated on {a} < on {b}', on(a, f'{way} by {a}'), on(a, f'{way} by {b}')))
-      narrow, other = (on(a, f'{way} by {by}, trained on {a}') for by in (a, b))
-      lines.append(claim(f'{way}, on {a}, trained on {a}: calibrated on {a} < on {b}', narrow, other))
-      lines.append(claim(f'{way}, on {a}: by {a}, trained on {a} < dense', narrow, on(a, 'dense')))
+      own, other = (on(a, f'{way} by {by}') for by in (a, b))
+      at_once.append(less(f'{way}, on {a}: calibrated on {a} < on {b}', own, other))
+      own, other = (on(a, f'{way} by {by}, trained on {a}') for by in (a, b))
+      later.append(less(f'{way}, on {a}, trained on {a}: calibrated on {a} < on {b}', own, other))
+      narrow.append(less(f'{way}, on {a}: by {a}, trained on {a} < dense', own, on(a, 'dense')))
       away = on(b, f'{way} by {a}, trained on {a}')
-      lines.append(claim(f'{way}, on {b}: dense + 0.10 < by {a}, trained on {a}', on(b, 'dense'), away, 0.10))
-  return '\n'.join(lines)
+      narrow.append(less(f'{way}, on {b}: dense + 0.10 < by {a}, trained on {a}', on(b, 'dense'), away, 0.10))
+  return [
+    *lines,
+    all_of('at once, calibration on the tested domain is better', at_once, primary=True),
+    all_of('it still is after training on that domain', later, primary=True),
+    all_of('a narrow sparse model is better on its domain, and worse by 0.10 on the other', narrow, primary=True),
+    *at_once,
+    *later,
+    *narrow,
+  ]
 
 
 if __name__ == '__main__':

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, student, table, values
+from experiments.common import student, table
+from slm_jax.ablate.claims import Claim, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -44,13 +45,14 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
-  best = min(min(losses[f'teacher {i}'].values()) for i in (1, 2))
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error', 'accuracy': 'accuracy'})
-  lines.append(claim('distilled < twin by 0.05', losses['distilled'], losses['twin'], 0.05))
-  lines.append(claim('distilled < the better teacher', losses['distilled'], dict.fromkeys(losses['distilled'], best)))
-  return '\n'.join(lines)
+  distilled, best = losses['distilled'], min(min(losses[f'teacher {i}'].values()) for i in (1, 2))
+  return [
+    *table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error', 'accuracy': 'accuracy'}),
+    less('distilled < twin by 0.05', distilled, losses['twin'], 0.05, primary=True),
+    less('distilled < the better teacher', distilled, dict.fromkeys(distilled, best), primary=True),
+  ]
 
 
 if __name__ == '__main__':

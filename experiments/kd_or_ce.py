@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import TEACHER, claim, equal, student, table, values, wider
+from experiments.common import TEACHER, student, table, wider
+from slm_jax.ablate.claims import Claim, equal, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -54,12 +55,15 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error', 'tokens': 'tokens', 'flops': 'FLOPs'})
-  lines.append(claim(f'kd < ce by {MARGIN} at equal tokens', losses['kd'], losses['ce'], MARGIN))
-  lines.append(equal('kd = ce at equal FLOPs', losses['kd'], losses['ce, equal FLOPs'], MARGIN))
-  return '\n'.join(lines)
+  columns = {'loss': 'loss (nats)', 'ece': 'calibration error', 'tokens': 'tokens', 'flops': 'FLOPs'}
+  kd, ce, longer = (losses[name] for name in ('kd', 'ce', 'ce, equal FLOPs'))
+  return [
+    *table(rows, columns),
+    less(f'kd < ce by {MARGIN} at equal tokens', kd, ce, MARGIN, primary=True),
+    equal(f'kd = ce within {MARGIN} at equal FLOPs', kd, longer, MARGIN, primary=True),
+  ]
 
 
 if __name__ == '__main__':

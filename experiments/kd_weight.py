@@ -14,12 +14,13 @@ listened to less (WORKSPACE.md has a case); this one has seen five times their t
     python -m experiments.kd_weight
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import TEACHER, claim, student, wider
+from experiments.common import TEACHER, student, wider
 from slm_jax.ablate import stats
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -53,20 +54,21 @@ def name_of(weight: float, temperature: float) -> str:
   return f'w={weight:g} T={temperature:g}' if weight else BASELINE
 
 
-def report(rows: Sequence[Row]) -> str:
-  """Means over the seeds, and what became of the expectation, one paired comparison a line."""
-  losses: dict[Setting, dict[Hashable, float]] = {}
-  for row in rows:
-    if row.name != TEACHER:
-      setting = row.config['transforms.distill.weight'], row.config['transforms.distill.temperature']
-      losses.setdefault(setting, {})[row.seeds] = row.summary['loss']
+def report(rows: Sequence[Row]) -> list[str | Claim]:
+  """Means over the seeds, and what became of the expectation."""
+  settings = {
+    row.name: (row.config['transforms.distill.weight'], row.config['transforms.distill.temperature'])
+    for row in rows
+    if row.name != TEACHER
+  }
+  losses = {settings[name]: loss for name, loss in values(rows).items() if name in settings}
   lines = ['    weight   ' + ''.join(f'T = {t:<18g}' for t in TEMPERATURES)]
   for weight in sorted({w for w, _ in losses}):
     cells = [stats.interval(losses[weight, t].values()) for t in TEMPERATURES if (weight, t) in losses]
     lines.append(f'    {weight:<9g}' + ''.join(f'{stats.digits(cell.mean, cell.half):22}' for cell in cells))
-  for other in ((0.0, 1.0), (0.5, 1.0), (1.0, 2.0), (1.0, 4.0)):
-    lines.append(claim(f'{name_of(1, 1)} < {name_of(*other)}', losses[1.0, 1.0], losses[other]))
-  return '\n'.join(lines)
+  others = ((0.0, 1.0), (0.5, 1.0), (1.0, 2.0), (1.0, 4.0))
+  ahead = [less(f'{name_of(1, 1)} < {name_of(*other)}', losses[1.0, 1.0], losses[other]) for other in others]
+  return [*lines, all_of(f'{name_of(1, 1)} is the best of five', ahead, primary=True), *ahead]
 
 
 if __name__ == '__main__':

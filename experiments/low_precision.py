@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, equal, student, table, values
+from experiments.common import student, table
+from slm_jax.ablate.claims import Claim, equal, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.experiment import Config
@@ -42,13 +43,14 @@ def sweep() -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
   full, low, all_low = (losses.get(name, {}) for name in (BASELINE, 'bfloat16', 'parameters too'))
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
-  lines.append(equal('bfloat16 = float32', low, full, MARGIN))
-  lines.append(claim(f'float32 < parameters too by {MARGIN}', full, all_low, MARGIN))
-  return '\n'.join(lines)
+  return [
+    *table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'}),
+    equal(f'bfloat16 = float32 within {MARGIN}', low, full, MARGIN, primary=True),
+    less(f'float32 < parameters too by {MARGIN}', full, all_low, MARGIN, primary=True),
+  ]
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import launch
+from slm_jax.ablate.claims import Claim, inside
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import seeds
 from slm_jax.data.config import DataConfig
@@ -78,7 +79,7 @@ class Best(NamedTuple):
   inside: bool  # whether rates on both sides of it were tried
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   rates, losses = read(rows)
   lines = ['    width        plain: best rate, loss           muP: best rate, loss']
   for width in losses[PLAIN]:
@@ -88,11 +89,13 @@ def report(rows: Sequence[Row]) -> str:
     )
   if not all(best(rates, its).inside for kind in losses.values() for its in kind.values()):
     lines.append('    * at an end of the rates that were tried: the best may lie beyond')
-  lines += [
-    f'- {PLAIN}: expected below −0.5: {decided(rates, losses[PLAIN], -np.inf, -0.5)}',
-    f'- {MUP}: expected within ±{TRANSFERS}: {decided(rates, losses[MUP], -TRANSFERS, TRANSFERS)}',
+  return [
+    *lines,
+    moves(
+      f'{PLAIN}: the best rate falls by 0.5 octaves or more an octave of width', rates, losses[PLAIN], -np.inf, -0.5
+    ),
+    moves(f'{MUP}: it moves by less than {TRANSFERS}', rates, losses[MUP], -TRANSFERS, TRANSFERS),
   ]
-  return '\n'.join(lines)
 
 
 def read(rows: Sequence[Row]) -> tuple[np.ndarray, dict[str, dict[int, np.ndarray]]]:
@@ -133,26 +136,20 @@ def drift(rates: np.ndarray, losses: Losses) -> float:
   return float(np.polyfit(np.log2(list(losses)), vertices, 1)[0])
 
 
-def decided(rates: np.ndarray, losses: Losses, low: float, high: float) -> str:
-  """The drift with its 95 % interval, and whether that lies in the expected range, outside, or across its ends.
+def moves(what: str, rates: np.ndarray, losses: Losses, low: float, high: float) -> Claim:
+  """Claims that the drift lies in a range.
 
-  Percentiles over draws of seeds, with replacement, for each width by itself; of few seeds rather too narrow. If a
-  width has its best rate at an end of the rates, nothing can be told.
+  By draws of seeds, with replacement, for each width by itself; of few seeds rather too narrow. If a width has its best
+  rate at an end of the rates, nothing can be told.
   """
   rng = np.random.default_rng(0)
   draws = [
     drift(rates, {width: its[rng.integers(0, len(its), len(its))] for width, its in losses.items()})
     for _ in range(DRAWS)
   ]
-  a, b = np.quantile(draws, [0.025, 0.975])
-  verdict = 'CANNOT TELL'
-  if all(best(rates, its).inside for its in losses.values()):
-    if low <= a and b <= high:
-      verdict = 'REPRODUCED'
-    elif b < low or a > high:
-      verdict = 'NOT REPRODUCED'
-  shown = f'{drift(rates, losses):+.2f} [{a:+.2f}, {b:+.2f}]'.replace('-', '−')
-  return f'{shown} octaves an octave of width: {verdict}'
+  at_an_end = not all(best(rates, its).inside for its in losses.values())
+  undecided = 'a best rate is at an end of those that were tried' if at_an_end else ''
+  return inside(what, drift(rates, losses), draws, low, high, primary=True, undecided=undecided)
 
 
 if __name__ == '__main__':

@@ -30,7 +30,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, table, values, wider
+from experiments.common import table, wider
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.data.config import DataConfig
@@ -88,20 +89,21 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(ways, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
-  """Means over the seeds, and what became of the expectation, one paired comparison a line."""
+def report(rows: Sequence[Row]) -> list[str | Claim]:
+  """Means over the seeds, and what became of the expectation."""
   misses = values(rows, 'exact_match', lambda share: 1 - share)
   lines = table(rows, {'loss': 'loss on documents', 'exact_match': 'exact match', 'rollout_kl': 'KL(q || p), rollouts'})
-  for a, b, least in (
-    ('reverse KL', 'off-policy', POINTS),
-    ('jsd', 'off-policy', POINTS),
-    ('off-policy', 'more sft', 0.0),
-    ('reverse KL', 'policy gradient', 0.0),
-    ('replay', 'off-policy', POINTS),
-  ):
-    asked = f' by {least:g}' if least else ''
-    lines.append(claim(f'misses of {a} < {b}{asked}', misses[a], misses[b], least))
-  return '\n'.join(lines)
+  own = [
+    less(f'misses of {name} < off-policy by {POINTS:g}', misses[name], misses['off-policy'], POINTS)
+    for name in ('reverse KL', 'jsd', 'replay')
+  ]
+  return [
+    *lines,
+    all_of(f'one’s own outputs gain {POINTS:g} of exact matches on off-policy', own, primary=True),
+    less('misses of off-policy < more sft', misses['off-policy'], misses['more sft'], primary=True),
+    less('misses of reverse KL < policy gradient', misses['reverse KL'], misses['policy gradient'], primary=True),
+    *own,
+  ]
 
 
 if __name__ == '__main__':

@@ -29,12 +29,13 @@ global < magnitude global is REPRODUCED from 30 to 95 %; at 10 % neither costs m
     python -m experiments.one_shot
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import launch
-from experiments.common import Values, claim, student, values
+from experiments.common import student
 from slm_jax.ablate import stats
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.experiment import Config
@@ -74,34 +75,38 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   """Increases of the loss by seed of the dense model, and what became of the expectation."""
-  losses = values(rows)
-  dense = losses.pop('dense', {})
-  rise: Values = {
-    name: {key: loss - dense[key] for key, loss in of.items() if key in dense} for name, of in losses.items()
-  }
+  losses: Mapping[str, Mapping[Hashable, float]] = values(rows)
+  dense = losses.get('dense', {})
+  rise = {name: {key: loss - dense[key] for key, loss in of.items() if key in dense} for name, of in losses.items()}
   heads = [f'{share:.0%}' for share in SHARES]
   shown = [*(f'{share:.0%}' for share in CURVE), '2:4']
   lines = [f'    {"dL (nats)":<20}' + ''.join(head.ljust(20) for head in shown)]
   for way in WAYS:
     cells = [stats.interval(rise.get(f'{way} {head}', {}).values()) for head in shown]
     lines.append(f'    {way:<20}' + ''.join((stats.digits(c.mean, c.half) if c.n else '–').ljust(20) for c in cells))
-  for a, b, ratio, where in (
-    ('obd global', 'magnitude global', 0.6, heads[:2]),
-    ('sparsegpt', 'magnitude', 0.65, heads[:2]),
-    ('sparsegpt', 'magnitude', 0.5, ['2:4']),
-    ('obd global', 'obd', 0.8, heads[1:]),
-    ('obd global', 'magnitude global', 1.0, shown[:-1]),
-  ):
-    for head in where:
-      ours, theirs = rise.get(f'{a} {head}', {}), rise.get(f'{b} {head}', {})
-      lines.append(claim(f'dL at {head}: {a} < {ratio:g} of {b}', ours, scaled(theirs, ratio)))
-  for way in ('magnitude', 'sparsegpt'):
-    lines.append(claim(f'dL of {way}: 50% < 2:4', rise.get(f'{way} 50%', {}), rise.get(f'{way} 2:4', {})))
-  for way in list(WAYS)[1:]:
-    lines.append(claim(f'dL at 50%: {way} < random', rise.get(f'{way} 50%', {}), rise.get('random 50%', {})))
-  return '\n'.join(lines)
+
+  def below(a: str, b: str, ratio: float, where: Sequence[str]) -> list[Claim]:
+    return [less(f'dL at {head}: {a} < {ratio:g} of {b}', at(a, head), scaled(at(b, head), ratio)) for head in where]
+
+  def at(way: str, head: str) -> Mapping[Hashable, float]:
+    return rise.get(f'{way} {head}', {})
+
+  obd = below('obd global', 'magnitude global', 0.6, heads[:2])
+  sparsegpt = below('sparsegpt', 'magnitude', 0.65, heads[:2])
+  return [
+    *lines,
+    all_of('OBD < 0.6 of magnitude, one budget for all, at 50 and 70 %', obd, primary=True),
+    all_of('SparseGPT < 0.65 of magnitude, at 50 and 70 %', sparsegpt, primary=True),
+    below('sparsegpt', 'magnitude', 0.5, ['2:4'])[0]._replace(primary=True),
+    *obd,
+    *sparsegpt,
+    *below('obd global', 'obd', 0.8, heads[1:]),
+    *below('obd global', 'magnitude global', 1.0, shown[:-1]),
+    *(less(f'dL of {way}: 50% < 2:4', at(way, '50%'), at(way, '2:4')) for way in ('magnitude', 'sparsegpt')),
+    *(less(f'dL at 50%: {way} < random', at(way, '50%'), at('random', '50%')) for way in list(WAYS)[1:]),
+  ]
 
 
 def scaled(of: Mapping[Any, float], by: float) -> dict[Any, float]:

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, student, table, values
+from experiments.common import student, table
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -71,22 +72,34 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
   lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
   longer, small = losses['dense, longer'], losses['small, scratch']
+  near, order, taught, others = [], [], [], []
   for share in SHARES:
     at = f'{share:.0%}'
     obd, magnitude = losses[f'obd {at}, CE'], losses[f'magnitude {at}, CE']
-    lines.append(claim(f'{at}, before: obd < magnitude', losses[f'obd {at}'], losses[f'magnitude {at}']))
-    lines.append(claim(f'{at}, before: magnitude < random', losses[f'magnitude {at}'], losses[f'random {at}']))
-    lines.append(claim(f'{at}: obd, CE < dense, longer + {WITHIN[share]}', obd, longer, -WITHIN[share]))
-    lines.append(claim(f'{at}: obd, CE < magnitude, CE', obd, magnitude))
-    lines.append(claim(f'{at}: magnitude, CE < random, CE', magnitude, losses[f'random {at}, CE']))
-    lines.append(claim(f'{at}: obd, KD < CE + 0.005', losses[f'obd {at}, KD'], obd, -0.005))
-    lines.append(claim(f'{at}: gradual < magnitude, CE', losses[f'gradual {at}'], magnitude))
-    lines.append(claim(f'{at}: obd, CE < small, scratch by 0.1', obd, small, 0.1))
-  return '\n'.join(lines)
+    order += [
+      less(f'{at}, before: obd < magnitude', losses[f'obd {at}'], losses[f'magnitude {at}']),
+      less(f'{at}, before: magnitude < random', losses[f'magnitude {at}'], losses[f'random {at}']),
+      less(f'{at}: obd, CE < magnitude, CE', obd, magnitude),
+      less(f'{at}: magnitude, CE < random, CE', magnitude, losses[f'random {at}, CE']),
+    ]
+    near.append(less(f'{at}: obd, CE < dense, longer + {WITHIN[share]}', obd, longer, -WITHIN[share]))
+    taught.append(less(f'{at}: obd, KD < CE + 0.005', losses[f'obd {at}, KD'], obd, -0.005))
+    others.append(less(f'{at}: gradual < magnitude, CE', losses[f'gradual {at}'], magnitude))
+    others.append(less(f'{at}: obd, CE < small, scratch by 0.1', obd, small, 0.1))
+  return [
+    *lines,
+    all_of('after retraining OBD is near the dense model', near, primary=True),
+    all_of('OBD < magnitude < random, before and after', order, primary=True),
+    all_of('KD is not worse than CE by more than 0.005', taught, primary=True),
+    *near,
+    *order,
+    *taught,
+    *others,
+  ]
 
 
 if __name__ == '__main__':

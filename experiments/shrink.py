@@ -17,11 +17,12 @@ teacher's own training is not in the students' tokens; its FLOPs stand in result
     python -m experiments.shrink --config.data.sources=FILE_OR_FOLDER --workdir=runs/shrink_text
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from slm_jax.ablate import stats
+from slm_jax.ablate.claims import Claim, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import seeds
 from slm_jax.data.config import DataConfig
@@ -58,17 +59,11 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
     yield {'name': 'pruned+distilled', 'init': InitConfig('teacher'), **seed}
 
 
-def report(rows: Sequence[Row]) -> str:
-  """What became of the expectation, one paired comparison a line."""
-  losses: dict[str, dict[Hashable, float]] = {}
-  for row in rows:
-    losses.setdefault(row.name, {})[row.seeds] = row.summary['loss']
-  lines = []
-  for better, worse in (('pruned+distilled', 'pruned'), ('pruned', 'distilled'), ('distilled', 'scratch')):
-    difference = stats.paired(losses[better], losses[worse])
-    shown = stats.digits(difference.mean, difference.half, '+')
-    lines.append(f'- {better} < {worse}: {shown} nats, n={difference.n}: {stats.expectation(difference)}')
-  return '\n'.join(lines)
+def report(rows: Sequence[Row]) -> list[Claim]:
+  """What became of the expectation."""
+  loss = values(rows)
+  order = ('pruned+distilled', 'pruned', 'distilled', 'scratch')
+  return [less(f'{a} < {b}', loss[a], loss[b], primary=True) for a, b in itertools.pairwise(order)]
 
 
 if __name__ == '__main__':

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, student, table, values, wider
+from experiments.common import student, table, wider
+from slm_jax.ablate.claims import Claim, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -55,15 +56,16 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
   sparse = losses['large sparse']
-  lines.append(claim(f'large sparse < small by {MARGIN}', sparse, losses['small'], MARGIN))
-  lines.append(claim('large sparse < random mask', sparse, losses['large, random mask']))
-  lines.append(claim('small, equal FLOPs < large sparse', losses['small, equal FLOPs'], sparse))
-  lines.append(claim('large dense < large sparse', losses['large dense'], sparse))
-  return '\n'.join(lines)
+  return [
+    *table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'}),
+    less(f'large sparse < small by {MARGIN}', sparse, losses['small'], MARGIN, primary=True),
+    less('large sparse < random mask', sparse, losses['large, random mask'], primary=True),
+    less('small, equal FLOPs < large sparse', losses['small, equal FLOPs'], sparse, primary=True),
+    less('large dense < large sparse', losses['large dense'], sparse),
+  ]
 
 
 if __name__ == '__main__':

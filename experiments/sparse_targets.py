@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import TEACHER, claim, equal, student, table, values, wider
+from experiments.common import TEACHER, student, table, wider
+from slm_jax.ablate.claims import Claim, all_of, equal, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.distill.logits import Distill
@@ -57,18 +58,31 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product([{'name': name, 'transforms': how} for name, how in TARGETS.items()], seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   loss, ece, doubled = values(rows), values(rows, 'ece'), values(rows, 'ece', lambda value: 2 * value)
-  lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
-  lines.append(equal('12 draws = full', loss['12 draws'], loss['full'], 0.01))
-  lines.append(claim('full < hard labels', loss['full'], loss['hard labels']))
-  for name in ('renormalised teacher', 'unnormalised'):
-    lines.append(claim(f'twice the calibration error of full < that of {name}', doubled['full'], ece[name]))
-  for name in TARGETS:
-    if name != 'renormalised both':
-      lines.append(claim(f'{name} < renormalised both', loss[name], loss['renormalised both']))
-  lines.append(claim('tail bucket < renormalised teacher', loss['tail bucket'], loss['renormalised teacher']))
-  return '\n'.join(lines)
+  draws = [
+    equal('12 draws = full, within 0.01', loss['12 draws'], loss['full'], 0.01),
+    less('full < hard labels', loss['full'], loss['hard labels']),
+  ]
+  sure = [
+    less(f'twice the calibration error of full < that of {name}', doubled['full'], ece[name])
+    for name in ('renormalised teacher', 'unnormalised')
+  ]
+  worst = [
+    less(f'{name} < renormalised both', loss[name], loss['renormalised both'])
+    for name in TARGETS
+    if name != 'renormalised both'
+  ]
+  return [
+    *table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'}),
+    all_of('12 draws are as good as everything, which is better than hard labels', draws, primary=True),
+    all_of('targets that do not sum to the tail make twice the calibration error', sure, primary=True),
+    all_of('renormalised for both is the worst', worst, primary=True),
+    *draws,
+    *sure,
+    *worst,
+    less('tail bucket < renormalised teacher', loss['tail bucket'], loss['renormalised teacher']),
+  ]
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from typing import Any
 
 import launch
 from slm_jax.ablate import scaling, stats
+from slm_jax.ablate.claims import Claim, inside
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import seeds
 from slm_jax.data.config import DataConfig
@@ -63,7 +64,7 @@ def sweep() -> Iterator[dict[str, Any]]:
         yield {'name': f'{width} wide, {steps} steps', 'train.steps': steps, **shape, **rates, **seed}
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   """The losses as a table, the law, and what became of the expectation."""
   parameters, tokens, losses = scaling.points(rows)
   fit = scaling.chinchilla(parameters, tokens, losses)
@@ -78,10 +79,13 @@ def report(rows: Sequence[Row]) -> str:
   lines.append(
     f'    alpha in {shown(fit.interval(lambda law: law.alpha))}, beta in {shown(fit.interval(lambda law: law.beta))}'
   )
-  e, a = fit.interval(lambda law: law.E), fit.interval(exponent)
-  lines.append(f'- E = {law.E:.4f}, in {shown(e)}; the floor is {floor:.4f}: {agrees(e, floor, reach)}')
-  lines.append(f'- a = {exponent(law):.3f}, in {shown(a)}; expected in {shown(EXPONENT)}: {within(a, EXPONENT)}')
-  return '\n'.join(lines)
+  draws = {'E': [law.E for law in fit.draws], 'a': [exponent(law) for law in fit.draws]}
+  agrees = f'E agrees with the floor {floor:.4f}, within a tenth of the way from the best run to it ({reach / 10:.3f})'
+  return [
+    *lines,
+    inside(agrees, law.E, draws['E'], floor - reach / 10, floor + reach / 10, primary=True),
+    inside(f'a lies in {shown(EXPONENT)}', exponent(law), draws['a'], *EXPONENT, primary=True),
+  ]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -103,20 +107,6 @@ def table(rows: Sequence[Row]) -> list[str]:
 def exponent(law: scaling.Chinchilla) -> float:
   """a of N ~ C^a, the best size for a budget."""
   return law.beta / (law.alpha + law.beta)
-
-
-def agrees(interval: tuple[float, float], floor: float, reach: float) -> str:
-  """Whether an interval for E holds the floor. One wider than the way from the best run to it says nothing about E."""
-  low, high = interval
-  if not low <= floor <= high:
-    return 'NOT REPRODUCED'
-  return 'REPRODUCED' if high - low <= reach else 'CANNOT TELL'
-
-
-def within(interval: tuple[float, float], expected: tuple[float, float]) -> str:
-  if expected[0] <= interval[0] and interval[1] <= expected[1]:
-    return 'REPRODUCED'
-  return 'NOT REPRODUCED' if interval[1] < expected[0] or interval[0] > expected[1] else 'CANNOT TELL'
 
 
 def shown(interval: tuple[float, float]) -> str:

@@ -32,7 +32,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import launch
-from experiments.common import claim, student, table, values
+from experiments.common import student, table
+from slm_jax.ablate.claims import Claim, all_of, less, values
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import override
@@ -69,20 +70,24 @@ def sweep(base: Config) -> Iterator[dict[str, Any]]:
   yield from product(arms, seeds(SEEDS))
 
 
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> list[str | Claim]:
   losses = values(rows)
   lines = table(rows, {'loss': 'loss (nats)', 'ece': 'calibration error'})
   width, depth = losses.get('width, KD', {}), losses.get('depth, KD', {})
-  lines.append(claim('width, KD < depth, KD', width, depth))
-  wins = [width[key] < depth[key] for key in width if key in depth]
-  verdict = 'CANNOT TELL' if len(wins) < 2 else 'REPRODUCED' if all(wins) else 'NOT REPRODUCED'
-  lines.append(f'- width, KD < depth, KD in every seed: {sum(wins)} of {len(wins)}: {verdict}')
+  ahead, close = [], []
   for name in SHAPES:
     ours, scratch = losses.get(f'{name}, KD', {}), losses.get(f'{name}, scratch', {})
-    lines.append(claim(f'{name}, KD < {name}, scratch by {MARGIN}', ours, scratch, MARGIN))
+    ahead.append(less(f'{name}, KD < {name}, scratch by {MARGIN}', ours, scratch, MARGIN))
     whole = losses.get(f'{name}, pipeline', {})
-    lines.append(claim(f'{name}, pipeline < {name}, KD + {CLOSE}', whole, ours, -CLOSE))
-  return '\n'.join(lines)
+    close.append(less(f'{name}, pipeline < {name}, KD + {CLOSE}', whole, ours, -CLOSE))
+  return [
+    *lines,
+    less('width, KD < depth, KD', width, depth, primary=True),
+    all_of(f'each cut is ahead of its shape from scratch by {MARGIN}', ahead, primary=True),
+    all_of(f'with the pipeline’s tokens, scratch is behind by less than {CLOSE}', close, primary=True),
+    *ahead,
+    *close,
+  ]
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from launch.existing import adopt_recorded, rerun_outdated
 from launch.options import PREFIX, help_text, parse, split_overrides
 from launch.plan import Plan, experiment_name, units
 from slm_jax import distributed
-from slm_jax.ablate import report, why
+from slm_jax.ablate import claims, report, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, expand
 from slm_jax.ablate.choose import choose
@@ -78,7 +78,10 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     is_done=lambda arm_id: workdirs.is_done(workdir, adoptable.get(arm_id, arm_id)),
   )
   words, first, files = which(options, overrides), baseline(module, chosen.arms), experiment_files(module)
-  plan = Plan(module, workdir, chosen.arms, words, first, everyone, adoptable, files=files, code=hash_files(files))
+  choice = [f'--{name}={options[name].value}' for name in ('only', 'exclude', 'limit') if options[name].value]
+  plan = Plan(
+    module, workdir, chosen.arms, words, first, everyone, adoptable, choice=choice, files=files, code=hash_files(files)
+  )
   chosen_engine.check(plan, options)
   budgets.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
@@ -126,8 +129,7 @@ def run_all(
   """Runs what is missing, then the report. Where nothing is, says so and writes nothing."""
   n, missing = len(plan.arms), unfinished(plan, options)
   if not missing and not is_stale(plan):
-    print(f'all {n} arms are done; nothing to do\n\n{report.summary(plan.workdir, report.latest(plan.workdir))}')
-    print(f'\n{plan.workdir / "report.html"}')
+    print(f'all {n} arms are done; nothing to do\n\n{report.summary(plan.workdir)}')
     print_best(plan, options)
     return EXIT_DONE
   about = f'a search for {options.search} trials, so far ' if options.search else ''
@@ -209,35 +211,39 @@ def note(plan: Plan, arms: Sequence[Arm]) -> None:
 
 def is_stale(plan: Plan) -> bool:
   """Whether the report does not show what is there: a launch was cut off before it, or asked for something else."""
-  page = plan.workdir / 'report.html'
   recorded = workdirs.read_experiment(plan.workdir)
-  if not page.exists() or recorded is None or recorded != plan.experiment():
+  if recorded is None or recorded != plan.experiment():
     return True
-  if own_report(plan) and not recorded.answer:
+  pages = report.pages_of(plan.workdir, recorded)
+  if not all(page.exists() for page in pages):
+    return True
+  if own_report(plan) and not (recorded.latest.answer or recorded.latest.claims):
     return True
   done = [arm.arm_id for arm in plan.arms if plan.is_done(arm.arm_id)]
   ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
-  return max(ends, default=0) > page.stat().st_mtime
+  return max(ends, default=0) > min(page.stat().st_mtime for page in pages)
 
 
 def own_report(plan: Plan) -> Callable[[Sequence[Row]], object] | None:
   """The experiment's report(rows), if it has one and this launch has all the arms that it is about."""
-  whole = plan.everyone.keys() == {arm.arm_id for arm in plan.arms} and '--sweep=none' not in plan.options
+  whole = plan.is_whole and '--sweep=none' not in plan.options
   return getattr(plan.module, 'report', None) if whole else None
 
 
 def conclude(plan: Plan) -> None:
-  """The experiment's own report of the rows, once all arms are done, and the report around it."""
+  """Asks the experiment's own report, once all arms have ended, decides its claims, and writes the report."""
   rows = report.latest(plan.workdir)
-  answer, ask = '', own_report(plan)
+  answer, ask = claims.Answer(), own_report(plan)
   if not ask and hasattr(plan.module, 'report'):
     print("the experiment's own report is of a whole sweep, and left out")
   try:
-    if ask and all(row.status == 'done' for row in rows):
-      answer = str(ask(rows))
+    if ask and all(row.ended for row in rows):
+      answer = claims.answer_of(ask(rows))
   finally:  # also where that has a bug
+    experiment, decided = plan.experiment(), tuple(claim._asdict() for claim in answer.claims)
+    latest = experiment.latest._replace(answer=answer.text, claims=decided)
     with workdirs.writing(plan.workdir):
-      workdirs.write_experiment(plan.workdir, plan.experiment()._replace(answer=answer))
+      workdirs.write_experiment(plan.workdir, experiment.with_launch(latest))
     print(f'\n{report.publish(plan.workdir)}')
 
 

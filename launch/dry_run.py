@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from launch.plan import Plan
 from slm_jax import chips
 from slm_jax.ablate import cost, table
-from slm_jax.ablate.arms import shown
+from slm_jax.ablate.arms import show_apart
 from slm_jax.ablate.cost import Cost, Device
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import SEEDS
@@ -19,7 +19,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
   rows = [(*head, 'differs from the base in')]
   for arm in plan.arms:
     c = costs[arm.arm_id]
-    differs = [f'{key}={shown(here)}' for key, (_, here) in arm.diff.items() if key not in SEEDS]
+    differs = [f'{key}={show_apart(pair)[1]}' for key, pair in arm.diff.items() if key not in SEEDS]
     rows.append(
       (
         'done' if plan.is_done(arm.arm_id) else 'missing',

@@ -1,5 +1,6 @@
 """A launch that has been checked: what every engine is given."""
 
+import datetime
 import hashlib
 import re
 import shlex
@@ -12,7 +13,7 @@ from slm_jax import revision
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
-from slm_jax.ablate.workdir import Experiment
+from slm_jax.ablate.workdir import Experiment, Launch
 from slm_jax.config import to_dict
 from slm_jax.files import write_json
 
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
   # In a dry run, which moves nothing: {arm id: folder of an earlier version}, and what --rerun would make again.
   adoptable: Mapping[str, str] = {}
   again: Collection[str] = ()
+  choice: Sequence[str] = ()  # of the command line, what chose among the arms: --only, --exclude, --limit
   files: Mapping[str, Path] = {}  # of the experiment and what it imports, see `revision.experiment_files`
   code: Mapping[str, str] = {}  # hashes of their content when the launch began
 
@@ -62,9 +64,29 @@ class Plan(NamedTuple):
     start = ['-m', spec.name] if spec else [getattr(self.module, '__file__', None) or self.name]
     return ['python', *start, *self.options, f'--workdir={self.workdir}', f'--arm={",".join(arm_ids)}']
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether these are all arms of the sweep."""
+    return self.everyone.keys() == {arm.arm_id for arm in self.arms}
+
+  def launch(self, before: Experiment) -> Launch:
+    """What experiment.json should say of this launch. An earlier answer is kept if it is of the same arms and code."""
+    ids, code = tuple(arm.arm_id for arm in self.arms), revision.digest(self.code)
+    digest = hashlib.sha256(','.join(sorted(ids)).encode()).hexdigest()[:6]
+    key = f'{"sweep" if self.is_whole else "part"}-{len(ids)}-arms-{digest}'
+    earlier = next((each for each in before.launches if each.arms == ids and each.code == code), Launch(key))
+    return earlier._replace(
+      key=key,
+      arms=ids,
+      whole=self.is_whole,
+      asked=shlex.join([*self.options, *self.choice]),
+      question=(self.module.__doc__ or '').strip(),
+      baseline=self.baseline,
+      code=code,
+    )
+
   def experiment(self) -> Experiment:
-    """What experiment.json should say of this launch: earlier launches' arms are kept. The answer is kept
-    if it is about the same arms, by the same code."""
+    """What experiment.json should say: this launch is the latest one, and what earlier ones left is kept."""
     before = workdirs.read_experiment(self.workdir) or Experiment(self.name)
     arms = dict(before.arms)
     for arm in self.arms:
@@ -75,20 +97,14 @@ class Plan(NamedTuple):
         'diff': {key: list(values) for key, values in arm.diff.items()},
         'command': self.command(arm.arm_id),
       }
-    latest, code = tuple(arm.arm_id for arm in self.arms), revision.digest(self.code)
-    return before._replace(
-      question=(self.module.__doc__ or '').strip(),
-      baseline=self.baseline,
-      answer=before.answer if (latest, code) == (before.latest, before.code) else '',
-      latest=latest,
-      arms=arms,
-      code=code,
-    )
+    return before._replace(arms=arms).with_launch(self.launch(before))
 
   def record(self) -> None:
     """Writes experiment.json, config.json of the arms that have none, and a copy of the experiment's own files."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
     with workdirs.writing(self.workdir):
-      workdirs.write_experiment(self.workdir, self.experiment())
+      experiment = self.experiment()
+      workdirs.write_experiment(self.workdir, experiment.with_launch(experiment.latest._replace(when=now)))
       workdirs.keep_code(self.workdir, self.files)
       for arm in self.arms:
         path = workdirs.folder(self.workdir, arm.arm_id) / 'config.json'

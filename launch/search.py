@@ -9,7 +9,7 @@ from types import ModuleType
 from absl import flags
 
 from slm_jax.ablate import search
-from slm_jax.ablate.arms import MANY, Arm, base_of, expand, shown
+from slm_jax.ablate.arms import MANY, Arm, base_of, expand, show_apart
 from slm_jax.ablate.sweep import Changes
 from slm_jax.config import require
 from slm_jax.files import expanded
@@ -55,6 +55,7 @@ def arms(
     if missing and run:
       run(list(found.values()), missing)
     ids = {name: arm.arm_id for arm in now for name in (arm.name, *arm.aliases)}
+    search.check_comparable(workdir, ids.values())
     return [search.outcome(workdir, ids[trial['name']]) for trial in trials]
 
   search.explore(module, base_of(module, overrides), options.search, options.search_round, losses)
@@ -67,5 +68,6 @@ def best(plan_arms: Sequence[Arm], workdir: Path) -> str:
   finite = [(loss, arm) for loss, arm in known if loss is not None and loss < math.inf]
   if not finite:
     return ''
-  loss, arm = min(finite, key=lambda pair: pair[0])
-  return f'best: {arm.name}, loss {loss:.4g}: ' + ', '.join(f'{key}={shown(v)}' for key, (_, v) in arm.diff.items())
+  bits, arm = min(finite, key=lambda pair: pair[0])
+  changed = ', '.join(f'{key}={show_apart(pair)[1]}' for key, pair in arm.diff.items())
+  return f'best: {arm.name}, {bits:.4g} bits per byte: {changed}'

@@ -4,7 +4,7 @@
     running     a process holds the arm's lock; or, where that cannot be seen, something was written of late
     stalled     it was running, and its process is gone, or it has long been quiet: launch again
     preempted   stopped with its state saved; launch again, if its engine does not do so by itself
-    failed      for good, with the reason: a NaN, a bug, bad input
+    failed      for good, with the reason: it diverged, a bug, bad input
     blocked     an arm that it builds on is not done
     missing     never started
 
@@ -92,7 +92,7 @@ def _state(folder: Path, row: Row, now: float, locks: set[tuple[int, int]] | Non
     if held is None and quiet < FRESH:
       return 'running', f'by its last sign of life, {duration(quiet)} ago{f" ({holder})" if holder else ""}'
     return 'stalled', f'quiet for {duration(quiet)}, {f"{holder} is gone" if held is False else holder or "no lock"}'
-  if row.status in ('failed', 'nan'):
+  if row.status in ('failed', 'diverged'):
     return 'failed', ' '.join(str(row.run.get('error') or 'without a word').split())
   return row.status, ''
 

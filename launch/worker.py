@@ -172,9 +172,8 @@ def outcome(workdir: Path, arm: Arm, code: int) -> str:
   """What became of an arm that ended with `code`, in words."""
   run = read_object(workdirs.folder(workdir, arm.arm_id) / 'run.json')
   if code != EXIT_DONE:
-    return (
-      f'{"stopped at a NaN" if run.get("status") == "nan" else "failed"} ({run.get("error") or f"exit code {code}"})'
-    )
+    word = 'diverged' if run.get('status') in ('diverged', 'nan') else 'failed'
+    return f'{word} ({run.get("error") or f"exit code {code}"})'
   summary = run.get('summary', {})
   known = [f'{name} {summary[name]:.4g}' for name in ('loss', 'gap', 'seconds') if summary.get(name) is not None]
   return ', '.join(['done', *known])

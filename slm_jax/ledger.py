@@ -22,8 +22,8 @@ Phase = Literal['compile', 'step', 'data', 'eval', 'checkpoint']
 BESIDE = ('start', 'redone', 'down')
 
 
-class NotFinite(ArithmeticError):
-  """The loss or the gradient is no longer a number."""
+class Diverged(ArithmeticError):
+  """The loss or the gradient is no longer a number, or the model ends worse than one that knows nothing."""
 
 
 class Ledger:
@@ -95,7 +95,7 @@ class Ledger:
     self._pending = (step, metrics)
 
   def settle(self) -> None:
-    """Reads outstanding metrics; raises NotFinite if there is no number where one should be."""
+    """Reads outstanding metrics; raises Diverged if there is no number where one should be."""
     if self._pending is None:
       return
     step, metrics = self._pending
@@ -116,7 +116,7 @@ class Ledger:
       self._bar.set_postfix_str(f'loss {values["loss"]:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}')
     self._bar.update(step - self._bar.n)
     if bad:
-      raise NotFinite(f'step {step}: {" and ".join(bad)} not finite; the last good checkpoint is kept')
+      raise Diverged(f'step {step}: {" and ".join(bad)} not finite; the last good checkpoint is kept')
 
   @contextlib.contextmanager
   def phase(self, phase: Phase) -> Iterator[None]:

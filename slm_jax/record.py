@@ -12,7 +12,7 @@ from absl import logging
 from slm_jax import distributed, perf
 from slm_jax.config import ConfigError, to_dict
 from slm_jax.files import disk_errors, write_json, write_text
-from slm_jax.ledger import NotFinite
+from slm_jax.ledger import Diverged
 from slm_jax.metrics import FORMAT
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
@@ -43,10 +43,10 @@ class Record:
 
   def ended(self, error: BaseException) -> int:
     """Notes why the run ends here, a bug with its traceback on stderr; returns the exit code that says so."""
-    expected = isinstance(error, Preempted | NotFinite | ConfigError)
+    expected = isinstance(error, Preempted | Diverged | ConfigError)
     if not expected:
       distributed.failed_together()  # where it came of the death of another process, this one goes no further
-    statuses: dict[type[BaseException], str] = {Preempted: 'preempted', NotFinite: 'nan'}
+    statuses: dict[type[BaseException], str] = {Preempted: 'preempted', Diverged: 'diverged'}
     status = statuses.get(type(error), 'failed')
     reason = str(error) if expected else f'{type(error).__name__}: {error}'
     with contextlib.suppress(OSError):  # the disk may be full; the launcher goes by the code

@@ -7,6 +7,7 @@ metrics.jsonl, checkpoints/, model/, samples.json and DONE.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors, read_object, write_json
-from slm_jax.ledger import Ledger, NotFinite, goodput
+from slm_jax.ledger import Diverged, Ledger, goodput
 from slm_jax.losses import Terms
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
@@ -88,7 +89,9 @@ def run(config: Config, workdir: Path, arm_id: str, code: Mapping[str, str] = {}
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
       parents = cost_of_parents(job, workdir)
-      ended = record.done({**train(job, stop, arm_id), **parents})
+      summary = train(job, stop, arm_id)
+      check_converged(config, summary)
+      ended = record.done({**summary, **parents})
       stop.pass_on()
       return ended
   except Exception as error:
@@ -322,7 +325,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   """Writes the finished model and samples of its text; returns what goes into the results table."""
   config, dataset = job.config, job.dataset
   if results['loss'] is None:
-    raise NotFinite('the last evaluation: loss not finite; the last checkpoint is kept')
+    raise Diverged('the last evaluation: loss not finite; the last checkpoint is kept')
   params = jax.jit(job.final)(state)
   save_model(job.folder / 'model', config.model, params, dataset.tokenizer)
   samples = evaluate.samples(config, params, dataset.tokenizer)
@@ -345,6 +348,19 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
     **goodput(results),
     'peak_bytes': observe.peak_bytes(),
   }
+
+
+def check_converged(config: Config, summary: Mapping[str, Any]) -> None:
+  """Raises Diverged for an arm that was trained and knows less than the uniform distribution over its vocabulary.
+
+  An arm that is not trained is measured as it is: a model with too many zeros may be worse than uniform.
+  """
+  loss, uniform = summary['loss'], math.log(config.model.vocab_size)
+  if config.train.steps and loss > uniform:
+    raise Diverged(
+      f'it ends at a loss of {loss:.4g}, above the {uniform:.4g} nats a token of the uniform distribution;'
+      ' the last checkpoint is kept'
+    )
 
 
 def hardware_flops(job: Job) -> float:

@@ -2,11 +2,13 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from slm_jax.ablate.arms import Arm, expand
+from slm_jax.ablate.claims import Claim, decide
 from slm_jax.experiment import Config
 from slm_jax.model.config import ModelConfig
 
@@ -39,15 +41,24 @@ class FakeTrain:
     if isinstance(outcome, BaseException):
       raise outcome
     folder = workdir / 'arms' / arm_id
-    run = {'status': {0: 'done', 42: 'preempted'}.get(outcome, 'nan'), 'error': None if outcome == 0 else 'not finite'}
+    run = {
+      'status': {0: 'done', 42: 'preempted'}.get(outcome, 'diverged'),
+      'error': None if outcome == 0 else 'not finite',
+    }
     if outcome == 0:
-      loss = self.losses.get(config.name, 1.5) + 0.01 * config.seed
+      loss = self.losses.get(config.name, 1.5) + 0.01 * config.seed + noise(config)
       run['summary'] = summary(loss)
       fill(folder, loss, config.train.steps)
     (folder / 'run.json').write_text(json.dumps(run))
     if outcome == 0:
       (folder / 'DONE').touch()
     return outcome
+
+
+def noise(config: Config) -> float:
+  """Differs between arms and seeds, and sums to nothing over seeds 0, 1 and 2: no two seeds differ by the same."""
+  size = 1e-4 * (1 + zlib.crc32(config.name.encode()) % 7)
+  return size * (1, -1, 0)[config.seed] if config.seed < 3 else 0.0
 
 
 def summary(loss: float, **more: Any) -> dict[str, Any]:
@@ -67,6 +78,16 @@ def fill(folder: Path, loss: float, steps: int, text: str = 'there was a cat.') 
     {'step': step, 'kind': 'eval', 'loss': loss + 1 - step / max(steps, 1), 'tokens': 1000 * step / max(steps, 1)}
     for step in (0, steps // 2, steps)
   ]
-  train = [{'step': 1, 'kind': 'train', 'loss': 3.0}]
+  train = [{'step': 1, 'kind': 'train', 'loss': 3.0, 'tokens': 10}]
   (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in train + evaluations))
   (folder / 'samples.json').write_text(json.dumps([{'prompt': 'Once ', 'text': text}]))
+
+
+def verdicts_of(said: Any) -> list[str]:
+  """The verdict of every claim in what a report says, each as if it were the only one, in their order."""
+  claims = [part for part in said if isinstance(part, Claim)]
+  return [decide([claim._replace(primary=True)])[0].verdict for claim in claims]
+
+
+def primary_of(said: Any) -> list[Claim]:
+  return [part for part in said if isinstance(part, Claim) and part.primary]

@@ -243,7 +243,7 @@ def test_nan_ends_both_and_says_so_once(two, tmp_path):
   processes = Processes(workdir := seeded(two, tmp_path / 'w'), SABOTAGE='nan 12')
   assert processes.wait() == [1, 1], processes.output()
   record = json.loads((arm(workdir) / 'run.json').read_text())
-  assert record['status'] == 'nan'
+  assert record['status'] == 'diverged'
   assert record['error'].startswith('step 12:')
   assert max(int(p.name) for p in (arm(workdir) / 'checkpoints').glob('[0-9]*')) == 10
 

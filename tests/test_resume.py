@@ -234,7 +234,7 @@ def test_a_last_evaluation_that_is_not_finite_is_no_result(uninterrupted, tmp_pa
   monkeypatch.setattr(evaluate, 'evaluate', lambda *args: {**original(*args), 'loss': math.inf})
   assert train.run(tiny.config(), workdir, 'tiny') == EXIT_FAILED
   record = json.loads((tiny.arm(workdir) / 'run.json').read_text())
-  assert (record['status'], 'loss not finite' in record['error']) == ('nan', True)
+  assert (record['status'], 'loss not finite' in record['error']) == ('diverged', True)
 
 
 def test_nan_stops_the_arm_and_keeps_the_last_good_checkpoint(uninterrupted, tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_nan_stops_the_arm_and_keeps_the_last_good_checkpoint(uninterrupted, tmp
     patch.setattr(train, 'make_step', explodes)
     assert train.run(tiny.config(), workdir, 'tiny') == EXIT_FAILED
   record = json.loads((tiny.arm(workdir) / 'run.json').read_text())
-  assert record['status'] == 'nan'
+  assert record['status'] == 'diverged'
   assert record['error'].startswith('step 17: total not finite')
   saved = sorted(int(p.name) for p in (tiny.arm(workdir) / 'checkpoints').glob('[0-9]*'))
   assert saved[-1] == 10

@@ -68,9 +68,11 @@ def _rename_in_experiment(workdir: Path, new_ids: Mapping[str, str]) -> None:
     new_ids.get(arm_id, arm_id): {**entry, 'parents': [new_ids.get(p, p) for p in entry.get('parents', ())]}
     for arm_id, entry in experiment.arms.items()
   }
-  latest = tuple(new_ids.get(arm_id, arm_id) for arm_id in experiment.latest)
+  launches = tuple(
+    each._replace(arms=tuple(new_ids.get(arm_id, arm_id) for arm_id in each.arms)) for each in experiment.launches
+  )
   with workdirs.writing(workdir):
-    workdirs.write_experiment(workdir, experiment._replace(arms=arms, latest=latest))
+    workdirs.write_experiment(workdir, experiment._replace(arms=arms, launches=launches))
 
 
 def _recorded(workdir: Path, known: set[str]) -> dict[Any, dict[str, Mapping[str, Any]]]:

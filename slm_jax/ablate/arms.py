@@ -34,6 +34,7 @@ if TYPE_CHECKING:
   from slm_jax.experiment import Config
 
 MANY = 10_000  # arms of a sweep; more are likely a mistake
+DIGITS = 6  # of a float in a name
 
 
 class Arm(NamedTuple):
@@ -181,11 +182,16 @@ def label(configs: 'Sequence[Config]', changes: Sequence[Changes]) -> list[str]:
   names = [''] * len(configs)
   for given, members in _places(config.name for config in configs).items():
     keys = dict.fromkeys(k for i in members for k in changes[i] if k not in ('name', *SEEDS))
-    varying = [k for k in keys if len({shown(changes[i][k]) if k in changes[i] else None for i in members}) > 1]
-    last = [k.rsplit('.', 1)[-1] for k in varying]
-    short = {k: k if last.count(tail) > 1 else tail for k, tail in zip(varying, last, strict=True)}
+    texts: dict[str, dict[int, str]] = {}
+    for k in keys:
+      setting = [i for i in members if k in changes[i]]
+      found = dict(zip(setting, show_apart([changes[i][k] for i in setting]), strict=True))
+      if len(set(found.values())) + (len(setting) < len(members)) > 1:
+        texts[k] = found
+    last = [k.rsplit('.', 1)[-1] for k in texts]
+    short = {k: k if last.count(tail) > 1 else tail for k, tail in zip(texts, last, strict=True)}
     for i in members:
-      parts = [f'{short[k]}={shown(changes[i][k])}' for k in varying if k in changes[i]]
+      parts = [f'{short[k]}={of[i]}' for k, of in texts.items() if i in of]
       names[i] = ' '.join([given, *parts] if given else parts) or 'base'
   return names
 
@@ -198,15 +204,25 @@ def _places(keys: Iterable[Any]) -> dict[Any, list[int]]:
   return places
 
 
-def shown(value: Any) -> str:
-  """A value of a setting, for people: `0.001`, `a+b`, `distill(weight=0.3)`."""
+def show_apart(values: Sequence[Any]) -> list[str]:
+  """The values for people, floats with as many digits as tell them apart."""
+  different = len({repr(value) for value in values})
+  for digits in (DIGITS, 9, 12):
+    texts = [shown(value, digits) for value in values]
+    if len(set(texts)) == different:
+      return texts
+  return [shown(value, 17) for value in values]
+
+
+def shown(value: Any, digits: int = DIGITS) -> str:
+  """A value of a setting, for people: `0.001`, `a+b`, `distill(weight=0.3)`. digits: of a float, at most."""
   if isinstance(value, float):
-    return f'{value:.6g}'
+    return f'{value:.{digits}g}'
   if isinstance(value, (tuple, list)):
-    return '+'.join(map(shown, value)) or 'none'
+    return '+'.join(shown(item, digits) for item in value) or 'none'
   if dataclasses.is_dataclass(value):
     set_here = [f.name for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
-    inside = ', '.join(f'{name}={shown(getattr(value, name))}' for name in set_here)
+    inside = ', '.join(f'{name}={shown(getattr(value, name), digits)}' for name in set_here)
     return getattr(value, 'kind', type(value).__name__) + (f'({inside})' if inside else '')
   return str(value)
 

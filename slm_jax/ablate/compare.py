@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_jax.ablate import page, report, results, stats, table
+from slm_jax.ablate import comparison, page, report, results, stats, table
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.ablate.arms import shown
+from slm_jax.ablate.arms import show_apart
+from slm_jax.ablate.comparable import LOSS, Metric, metric_of, why_apart
+from slm_jax.ablate.comparison import Comparison, Verdict
 from slm_jax.ablate.page import Cell, Grid
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.stats import Interval
@@ -22,18 +24,26 @@ Settings = list[tuple[str, str, str, str]]  # (key, in A, in B, the arms it is a
 
 
 class Pair(NamedTuple):
-  """An arm that both have. Losses in nats per token."""
+  """An arm that both have."""
 
   name: str
   rows: tuple[Sequence[Row], Sequence[Row]]
+  metric: Metric  # of the losses; the same for all pairs
   losses: tuple[Interval, Interval]  # over all their seeds
-  difference: Interval  # over the seeds that both have
+  comparison: Comparison | None  # over the seeds that both have; None where `apart` says why there is none
+  apart: str
   p: float  # adjusted for the number of pairs
   comparisons: int
 
   @property
-  def verdict(self) -> str:
-    return stats.verdict(self.difference, 'nats', self.p, self.comparisons)
+  def difference(self) -> Interval:
+    return self.comparison.difference if self.comparison else stats.interval([])
+
+  @property
+  def verdict(self) -> Verdict:
+    if self.comparison is None:
+      return Verdict('not compared', '', '', self.apart)
+    return comparison.judge(self.comparison, self.p if self.p == self.p else None, self.comparisons)
 
 
 def publish(a: Path, b: Path, everything: bool = False) -> str:
@@ -56,20 +66,29 @@ def pairs(a: Sequence[Row], b: Sequence[Row]) -> list[Pair]:
   """The arms that both have, in the order of A."""
   in_a, in_b = results.groups(a), results.groups(b)
   names = [name for name in in_a if name in in_b]
-  losses = [[{row.seeds: row.summary.get('loss') for row in of[name]} for of in (in_a, in_b)] for name in names]
-  differences = [stats.paired(after, before) for before, after in losses]
-  ps = stats.holm([d.p for d in differences])
+  metric = metric_of([row for name in names for row in (*in_a[name], *in_b[name])])
+  losses = [
+    [{row.seeds: row.summary.get(metric.key) for row in of[name] if row.ended} for of in (in_a, in_b)] for name in names
+  ]
+  apart = [why_apart([*in_a[name], *in_b[name]]) for name in names]
+  found = [
+    None if why else comparison.compare(after, before, metric.unit)
+    for why, (before, after) in zip(apart, losses, strict=True)
+  ]
+  ps = stats.holm([math.nan if each is None else each.p for each in found])
   comparisons = sum(not math.isnan(p) for p in ps)
   return [
     Pair(
       name,
       (in_a[name], in_b[name]),
+      metric,
       (stats.interval(before.values()), stats.interval(after.values())),
-      difference,
+      each,
+      why,
       p,
       comparisons,
     )
-    for name, (before, after), difference, p in zip(names, losses, differences, ps, strict=True)
+    for name, (before, after), each, why, p in zip(names, losses, found, apart, ps, strict=True)
   ]
 
 
@@ -79,16 +98,17 @@ def differing_settings(found: Sequence[Pair], names: Mapping[str, str]) -> Setti
   for pair in found:
     before, after = (of[0].config for of in pair.rows)
     for key in dict.fromkeys([*before, *after]):
-      there, here = (_said(config.get(key), names) for config in (before, after))
+      if before.get(key) == after.get(key):
+        continue
+      there, here = _said([config.get(key) for config in (before, after)], names)
       if key not in ('name', *SEEDS) and not key.startswith('run.') and there != here:
         arms.setdefault((key, there, here), []).append(pair.name)
   return [(*entry, 'all arms' if len(of) == len(found) else ', '.join(of)) for entry, of in arms.items()]
 
 
-def _said(value: Any, names: Mapping[str, str]) -> str:
-  if value in (None, ''):
-    return '–'
-  return names.get(value, value) if isinstance(value, str) else shown(value)
+def _said(values: Sequence[Any], names: Mapping[str, str]) -> list[str]:
+  texts = zip(values, show_apart(values), strict=True)
+  return ['–' if v in (None, '') else names.get(v, v) if isinstance(v, str) else text for v, text in texts]
 
 
 def unmatched(a: Path, b: Path, ours: Sequence[Sequence[Row]]) -> list[tuple[str, str]]:
@@ -103,14 +123,19 @@ def unmatched(a: Path, b: Path, ours: Sequence[Sequence[Row]]) -> list[tuple[str
 
 def _text(a: Path, b: Path, found: Sequence[Pair]) -> str:
   head = ('arm', 'n', 'loss in A', 'loss in B', 'B against A')
-  body = [(p.name, str(p.difference.n), *map(table.spread, p.losses), p.verdict) for p in found]
+  body = [(p.name, str(p.difference.n), *map(table.spread, p.losses), str(p.verdict)) for p in found]
   return f'A: {a}\nB: {b}\n\n{table.columns([head, *body], right=(1, 2, 3))}\n{note(found)}\n'
 
 
 def note(found: Sequence[Pair]) -> str:
-  words = 'Loss in nats per token, mean ± 95 % t-interval over all seeds; B − A by the n seeds that both have'
-  many = found[0].comparisons
-  return words + (f', p corrected by Holm for {many} comparisons (intervals are not).' if many > 1 else '.')
+  metric, many = found[0].metric, found[0].comparisons
+  title = f'{metric.title[0].upper()}{metric.title[1:]}'
+  words = [f'{title}, mean ± 95 % t-interval over all seeds; B − A by the n seeds that both have.']
+  if metric is not LOSS:
+    words.append('The tokenizers differ, so losses per token cannot be compared.')
+  if many > 1:
+    words.append(f'p is corrected by Holm for {many} comparisons (intervals are not).')
+  return ' '.join([*words, table.ASSUMED])
 
 
 def _settings_text(settings: Settings) -> list[str]:
@@ -129,7 +154,7 @@ def html(a: Path, b: Path, found: Sequence[Pair], settings: Settings, ours: Sequ
   picture = plots.Picture(
     'compare',
     'Difference of each arm, B − A, and its 95 % interval',
-    lambda ax: plots.differences(ax, names, [pair.difference for pair in found]),
+    lambda ax: plots.differences(ax, names, [pair.difference for pair in found], found[0].metric),
     plots.height_of(names),
   )
   rows = [
@@ -149,7 +174,7 @@ def html(a: Path, b: Path, found: Sequence[Pair], settings: Settings, ours: Sequ
     status=f'{len(found)} arms compared',
     a=str(a),
     b=str(b),
-    verdicts=[(pair.name, pair.verdict) for pair in found],
+    verdicts=[(pair.name, str(pair.verdict)) for pair in found],
     differences=Grid(('arm', 'n', 'loss in A', 'loss in B', 'B − A', 'p', 'detectable'), rows),
     note=note(found),
     settings=settings,

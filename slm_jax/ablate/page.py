@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Cell(NamedTuple):
   text: str
   key: str | float = ''  # what a column is sorted by; cells without one come last
+  words: bool = False  # a sentence, which may be broken into lines
 
 
 def spread(value: Interval | None, sign: str = '') -> Cell:

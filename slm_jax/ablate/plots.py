@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax.ablate import stats, swept
-from slm_jax.ablate.results import Point
+from slm_jax.ablate.comparable import LOSS, Metric
+from slm_jax.ablate.results import Point, Row
 from slm_jax.ablate.table import Line, short
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ INK, RULE = '#202124', '#d0d3d8'
 # Okabe and Ito's colours, told apart with every common kind of colour vision; black and yellow left out.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#8c6bb1')
 DASHES = ('-', '--', ':', '-.')  # for more arms than colours
+SEEN = {'tokens': 'training tokens', 'bytes': 'bytes of training text', 'flops': 'training FLOPs'}
 MOST_SWEPT, MOST_LINES = 4, 12  # plots of what a sweep varies, and lines in one
 STYLE: dict[Any, Any] = {
   'svg.fonttype': 'none',  # text stays text
@@ -59,27 +61,69 @@ class Picture(NamedTuple):
   floors: Sequence[float] = ()  # entropies of the data, as lines across
 
 
-def draw(workdir: Path, lines: Sequence[Line], curves: Mapping[str, Sequence[Point]]) -> list[Plot]:
-  """Writes plots/NAME.svg for all plots that there are data for, and returns them for the page.
+def draw(
+  folder: Path,
+  lines: Sequence[Line],
+  curves: Mapping[str, Sequence[Point]],
+  training: Mapping[str, Sequence[Point]] = {},
+) -> list[Plot]:
+  """Writes FOLDER/NAME.svg for all plots that there are data for, and returns them for the page.
 
-  curves: see `results.curves`.
+  curves, training: see `results.curves` and `results.training_curves`.
   """
-  runs = {line.name: [curves[row.arm_id] for row in line.rows if row.arm_id in curves] for line in lines}
-  floors = sorted({round(f, 6) for line in lines for row in line.rows if (f := row.summary.get('floor')) is not None})
-  tokens, flops = 'Loss on held-out text against training tokens', 'training FLOPs, a teacher’s forward passes included'
+  metric = lines[0].metric if lines else LOSS
+  floors = sorted({round(f, 6) for line in lines for row in line.rows if (f := floor(row, metric)) is not None})[:3]
+  unit = 'tokens' if metric is LOSS else 'bytes'
+  compared = [line for line in lines if line.comparison is not None and line.comparison.n]
+  names = [line.name for line in compared]
+  baseline = next((line.name for line in lines if line.is_baseline), '')
+  flops = 'training FLOPs, a teacher’s forward passes included'
   wanted = [
-    *pictures_of_sweeps(lines, floors[:3]),
-    Picture('loss_tokens', tokens, lambda ax: _curves(ax, runs, 'tokens'), floors=floors[:3]),
-    Picture('loss_flops', f'The same against {flops}', lambda ax: _curves(ax, runs, 'flops'), floors=floors[:3]),
+    *pictures_of_sweeps(lines, floors),
+    Picture(
+      'differences',
+      f'Difference to {baseline}, {metric.title}, and its 95 % interval; left of 0 is better',
+      lambda ax: differences(ax, names, [line.comparison.difference for line in compared if line.comparison], metric),
+      height_of(names),
+    ),
+    curves_picture(f'loss_{unit}', f'Loss on held-out text against {SEEN[unit]}', lines, curves, unit, floors),
+    curves_picture('loss_flops', f'The same against {flops}', lines, curves, 'flops', floors),
+    curves_picture(f'training_{unit}', f'Training loss against {SEEN[unit]}', lines, training, unit, floors),
     Picture(
       'final_loss',
       'Final loss: each seed, mean and 95 % interval',
       lambda ax: _finals(ax, lines),
       height_of([line.name for line in lines]),
-      floors=floors[:3],
+      floors=floors,
     ),
   ]
-  return save(workdir / 'plots', wanted)
+  return save(folder, wanted)
+
+
+def curves_picture(
+  name: str,
+  title: str,
+  lines: Sequence[Line],
+  curves: Mapping[str, Sequence[Point]],
+  unit: str,
+  floors: Sequence[float],
+) -> Picture:
+  """Mean curves of all arms. The steep start would flatten the rest: what lies above the view is said in the title."""
+  metric = lines[0].metric if lines else LOSS
+  runs = {line.name: [curves[row.arm_id] for row in line.rows if row.arm_id in curves] for line in lines}
+  known = {arm: [run for run in found if getattr(run[-1], unit) is not None] for arm, found in runs.items()}
+  means = {arm: mean_curve(found, unit, metric) for arm, found in known.items()}
+  late = [y for xs, ys, _ in means.values() for x, y in zip(xs, ys, strict=True) if x >= 0.2 * xs[-1]]
+  top = max(late, default=0.0) + 0.05 * (max(late, default=0.0) - min(late, default=0.0)) + 1e-3
+  if any(y > top for _, ys, _ in means.values() for y in ys):
+    title += f'; the start above {top:.3g} is cut off'
+  return Picture(name, title, lambda ax: _curves(ax, means, unit, metric, top), floors=floors)
+
+
+def floor(row: Row, metric: Metric) -> float | None:
+  """The entropy of a run's held-out text, in the metric's unit; None where it is not known."""
+  nats = row.summary.get('floor')
+  return nats if nats is None or metric is LOSS else nats * row.summary[metric.key] / row.summary[LOSS.key]
 
 
 def save(folder: Path, wanted: Iterable[Picture]) -> list[Plot]:
@@ -88,7 +132,7 @@ def save(folder: Path, wanted: Iterable[Picture]) -> list[Plot]:
   for picture in wanted:
     page, file = (_figure(picture, standalone) for standalone in (False, True))
     if page is not None and file is not None:
-      folder.mkdir(exist_ok=True)
+      folder.mkdir(parents=True, exist_ok=True)
       (folder / f'{picture.name}.svg').write_text(_svg(file), encoding='utf-8')
       plots.append(Plot(picture.name, picture.title, for_page(_svg(page)), picture.by_arm))
   return plots
@@ -134,45 +178,46 @@ def _figure(picture: Picture, standalone: bool) -> 'Figure | None':
   return figure
 
 
-def _curves(ax: 'Axes', curves: Mapping[str, Sequence[Sequence[Point]]], unit: str) -> dict:
-  """Mean over seeds, with the 95 % interval as a band. The steep start is left out of view."""
+Curve = tuple[list[float], list[float], list[float]]  # x, mean, half of the 95 % interval
+
+
+def _curves(ax: 'Axes', means: Mapping[str, Curve], unit: str, metric: Metric, top: float) -> dict:
+  """Mean over seeds, with the 95 % interval as a band."""
   from matplotlib.ticker import EngFormatter
 
-  handles, right, seen = {}, 0.0, []
-  for i, (name, runs) in enumerate(curves.items()):
-    xs, means, halves = mean_curve([run for run in runs if getattr(run[-1], unit) is not None], unit)
+  handles, right = {}, 0.0
+  for i, (name, (xs, ys, halves)) in enumerate(means.items()):
     if not xs:
       continue
     tint, dash = colour(i)
-    (handles[name],) = ax.plot(xs, means, color=tint, linestyle=dash, linewidth=1.6)
-    low, high = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
+    (handles[name],) = ax.plot(xs, ys, color=tint, linestyle=dash, linewidth=1.6)
+    low, high = ([y + s * h for y, h in zip(ys, halves, strict=True)] for s in (-1, 1))
     ax.fill_between(xs, low, high, color=tint, alpha=0.18, linewidth=0)
     right = max(right, xs[-1])
-    seen += [mean for x, mean in zip(xs, means, strict=True) if x >= 0.2 * xs[-1]]
   if handles:
-    ax.set_ylim(top=max(seen) + 0.05 * (max(seen) - min(seen)) + 1e-3)
+    ax.set_ylim(top=top)
     ax.set_xlim(0, right * 1.02 or 1)  # 0: nothing was trained
     ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-  ax.set_xlabel({'tokens': 'training tokens', 'flops': 'training FLOPs'}[unit])
-  ax.set_ylabel('nats per token')
+  ax.set_xlabel(SEEN[unit])
+  ax.set_ylabel(metric.title)
   return handles
 
 
-def mean_curve(runs: Sequence[Sequence[Point]], unit: str) -> tuple[list[float], list[float], list[float]]:
+def mean_curve(runs: Sequence[Sequence[Point]], unit: str, metric: Metric = LOSS) -> Curve:
   """`(x, mean loss, half of its 95 % interval)` at the steps that all runs have; the half is 0 for a single run."""
   if not runs:
     return [], [], []
   steps = sorted(set.intersection(*({point.step for point in run} for run in runs)))
   at = [{point.step: point for point in run} for run in runs]
   xs = [sum(getattr(points[step], unit) for points in at) / len(at) for step in steps]
-  spans = [stats.interval(points[step].loss for points in at) for step in steps]
+  spans = [stats.interval(metric.of(points[step]) for points in at) for step in steps]
   return xs, [span.mean for span in spans], [span.half if span.n > 1 else 0.0 for span in spans]
 
 
 def _finals(ax: 'Axes', lines: Sequence[Line]) -> dict:
   handles = {}
   for i, line in enumerate(lines):
-    losses = [row.summary['loss'] for row in line.rows if row.summary]
+    losses = [row.summary[line.metric.key] for row in line.rows if row.summary]
     if not losses:
       continue
     tint, _ = colour(i)
@@ -182,7 +227,7 @@ def _finals(ax: 'Axes', lines: Sequence[Line]) -> dict:
   ax.set_yticks(range(len(lines)), [plain(line.name) for line in lines])
   ax.set_ylim(len(lines) - 0.4, -0.6)
   ax.grid(axis='y', visible=False)
-  ax.set_xlabel('loss, nats per token')
+  ax.set_xlabel(f'loss, {lines[0].metric.title}')
   return handles
 
 
@@ -197,15 +242,26 @@ def pictures_of_sweeps(lines: Sequence[Line], floors: Sequence[float]) -> list[P
       title += f' (the first {MOST_LINES} of {len(sweep.lines)})'
     if sweep.moving:
       title += f'; {", ".join(sweep.moving)} change{"s" * (len(sweep.moving) == 1)} with it'
+    means = [line.loss.mean for _, points in sweep.lines[:MOST_LINES] for _, line in points if line.loss.n]
+    if means and (top := view(means)[1]) < max(means):
+      title += f'; losses above {top:.3g} are cut off'
     if any(diverged(line) for _, points in sweep.lines for _, line in points):
-      title += '; ×: a loss that was no number'
+      title += '; ×: a run that diverged'
     name = f'loss_by_{re.sub("[^A-Za-z0-9]+", "_", sweep.key)}'
     found.append(Picture(name, title, functools.partial(_swept, sweep), by_arm=False, floors=floors))
   return found
 
 
+def view(means: Sequence[float]) -> tuple[float, float]:
+  """`(lowest, highest)` loss to show: a few that went astray would flatten all the others."""
+  low, middle = min(means), sorted(means)[len(means) // 2]
+  if max(means) - low > 6 * (middle - low) > 0:
+    return low - 0.5 * (middle - low), low + 6 * (middle - low)
+  return low, max(means)
+
+
 def diverged(line: Line) -> bool:
-  return any(row.status == 'nan' for row in line.rows)
+  return any(row.status == 'diverged' for row in line.rows)
 
 
 def _swept(sweep: swept.Swept, ax: 'Axes') -> dict:
@@ -233,15 +289,15 @@ def _swept(sweep: swept.Swept, ax: 'Axes') -> dict:
   ticks = sorted(set(xs))
   ticks = ticks[:: 1 + len(ticks) // 9]
   ax.set_xticks(ticks, [short(x) for x in ticks])
-  low, middle = min(means), sorted(means)[len(means) // 2]
-  if max(means) - low > 6 * (middle - low) > 0:  # a few that went astray would flatten all the others
-    ax.set_ylim(low - 0.5 * (middle - low), low + 6 * (middle - low))
+  low, top = view(means)
+  if top < max(means):
+    ax.set_ylim(low, top)
   ax.set_xlabel(sweep.key)
-  ax.set_ylabel('nats per token')
+  ax.set_ylabel(sweep.lines[0][1][0][1].metric.title)
   return handles
 
 
-def differences(ax: 'Axes', names: Sequence[str], values: Sequence[stats.Interval]) -> dict:
+def differences(ax: 'Axes', names: Sequence[str], values: Sequence[stats.Interval], metric: Metric) -> dict:
   """A line for each name: the difference and its 95 % interval, and where zero is."""
   handles = {}
   for i, (name, value) in enumerate(zip(names, values, strict=True)):
@@ -252,7 +308,7 @@ def differences(ax: 'Axes', names: Sequence[str], values: Sequence[stats.Interva
   ax.set_yticks(range(len(names)), [plain(name) for name in names])
   ax.set_ylim(len(names) - 0.4, -0.6)
   ax.grid(axis='y', visible=False)
-  ax.set_xlabel('difference, nats per token')
+  ax.set_xlabel(f'difference, {metric.title}')
   return handles
 
 

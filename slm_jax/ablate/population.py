@@ -25,11 +25,11 @@ from slm_jax.data.batches import Prefetch
 from slm_jax.data.dataset import open_data
 from slm_jax.experiment import Config
 from slm_jax.files import disk_errors
-from slm_jax.ledger import Ledger, NotFinite, Phase
+from slm_jax.ledger import Diverged, Ledger, Phase
 from slm_jax.preempt import EXIT_PREEMPTED, Preempted, Preemption
 from slm_jax.record import Record
 from slm_jax.step import TrainState
-from slm_jax.train import Job, cost_of_parents, finish, prepare, valid_batches
+from slm_jax.train import Job, check_converged, cost_of_parents, finish, prepare, valid_batches
 
 # ------------------------------------------------------------------------------------------------------- its members
 
@@ -67,15 +67,21 @@ class Member:
     try:
       self.ledger.add(step, measured)
       self.ledger.settle()
-    except NotFinite as error:
+    except Diverged as error:
       self.end(error)
 
   def end(self, error: BaseException) -> None:
     self.code = self._record.ended(error)
 
   def finish(self, state: TrainState) -> None:
+    """Writes the model and the summary; an arm that has diverged ends, and no other."""
     results = {**self.log.evaluated[self.config.train.steps], **self.ledger.record()}
-    self.code = self._record.done({**finish(self.job, state, results), **self._parents})
+    try:
+      summary = finish(self.job, state, results)
+      check_converged(self.config, summary)
+      self.code = self._record.done({**summary, **self._parents})
+    except Diverged as error:
+      self.end(error)
 
 
 def by_progress(arms: Mapping[str, Config], workdir: Path) -> list[dict[str, Config]]:

@@ -4,9 +4,12 @@ What runs write is only ever added to, so that this needs no database: `read` a 
 `table` every number of every arm as one long pandas table.
 """
 
+import collections
 import csv
+import hashlib
 import io
 import json
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +28,7 @@ METRICS = (
   *('loss', 'gap', 'floor', 'bits_per_byte', 'perplexity', 'accuracy', 'ece'),
   *('tokens', 'flops', 'parent_flops', 'parameters', 'seconds'),
 )
+NEEDED = ('loss', 'tokens')  # of a line about a step, for a curve
 NO_COLUMN = ('name', 'seed', 'data.content')  # columns of their own, or derived from others
 
 
@@ -34,7 +38,7 @@ class Row(NamedTuple):
   arm_id: str
   name: str
   group: str  # shared by the repetitions over seeds, see `arms.Arm`
-  status: str  # done, failed, nan, preempted, running; missing: never started; blocked: a parent is not done
+  status: str  # done, failed, diverged, preempted, running; missing: never started; blocked: a parent is not done
   config: Mapping[str, Any]  # flat
   summary: Mapping[str, Any]  # final metrics; empty unless done
   run: Mapping[str, Any]  # run.json: versions, hardware, times, error
@@ -47,6 +51,38 @@ class Row(NamedTuple):
     """What must be equal for two rows to be a pair."""
     return self.config.get('seed'), self.config.get('data.seed')
 
+  @property
+  def ended(self) -> bool:
+    """Whether a launch would not go on with it by itself: it has its result, even if that is none."""
+    return self.status in ('done', 'diverged', 'failed')
+
+  @property
+  def tokenizer(self) -> str:
+    """What must be equal for two losses per token to count the same tokens."""
+    return str(self.summary.get('tokenizer') or _digest(self.config, _TOKENS))
+
+  @property
+  def held_out(self) -> str:
+    """What must be equal for two losses to be of the same text."""
+    return str(self.summary.get('held_out') or _digest(self.config, _EVALUATED))
+
+
+# Of runs of format 1, which did not say what text they were evaluated on: the settings that it followed from.
+_TOKENS = (
+  *('data.content', 'data.tokenizer', 'data.vocab_size', 'data.documents', 'data.errors', 'data.text_field'),
+  'data.valid_fraction',
+)
+_EVALUATED = (*_TOKENS, 'data.seq_len', 'data.packing', 'data.prompt_end', 'eval.sequences')
+
+
+def _digest(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+  settings = {key: config.get(key) for key in keys}
+  if settings['data.tokenizer'] == 'bytes':
+    settings['data.vocab_size'] = None
+    if keys is _TOKENS:
+      return 'bytes'
+  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
 
 class Point(NamedTuple):
   """One evaluation on the way."""
@@ -55,6 +91,8 @@ class Point(NamedTuple):
   tokens: float
   flops: float | None
   loss: float
+  bits_per_byte: float = math.nan
+  bytes: float | None = None  # of training text
 
 
 def read(workdir: Path) -> list[Row]:
@@ -79,12 +117,12 @@ def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
     isinstance(written, int) and written <= metrics.FORMAT,
     f'{path}: format {written}, written by a newer version (this one knows {metrics.FORMAT})',
   )
-  done = (folder / 'DONE').exists()
+  done, status = (folder / 'DONE').exists(), run.get('status', 'missing')
   return Row(
     arm_id=arm_id,
     name=entry.get('name') or config.get('name') or arm_id,
     group=entry.get('group', arm_id),
-    status='done' if done else run.get('status', 'missing'),
+    status='done' if done else {'nan': 'diverged'}.get(status, status),
     config=config,
     summary=run.get('summary', {}) if done else {},
     run=run,
@@ -116,6 +154,24 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
       told = line[0].arm_id if len(lines) > 1 else group
       found[name if len(lines) == names.count(name) == 1 else f'{name} ({told[:6]})'] = line
   return found
+
+
+def name_rows(rows: Sequence[Row]) -> dict[str, str]:
+  """`{arm id: what tells a run apart from the others}`: its name, its seeds, its parents' seeds or, at last, its id."""
+  parts = [
+    lambda row: row.name,
+    lambda row: f'seed {row.config.get("seed", "–")}',
+    lambda row: f'data.seed {row.config.get("data.seed", "–")}',
+    lambda row: row.arm_id,
+  ]
+  titles = {row.arm_id: [part(row) for part in parts[:2]] for row in rows}
+  for part in parts[2:]:
+    counts = collections.Counter(map(tuple, titles.values()))
+    titles = {
+      row.arm_id: [*titles[row.arm_id], part(row)] if counts[tuple(titles[row.arm_id])] > 1 else titles[row.arm_id]
+      for row in rows
+    }
+  return {arm_id: ', '.join(title) for arm_id, title in titles.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ results.csv
@@ -162,9 +218,19 @@ def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
 
 def curve(workdir: Path, row: Row) -> list[Point]:
   """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
-  a_token = row.summary['flops'] / row.summary['tokens'] if row.summary.get('flops') else None
+  tokens = row.summary.get('tokens')
+  flops, n_bytes = (
+    row.summary[key] / tokens if tokens and row.summary.get(key) else None for key in ('flops', 'bytes')
+  )
   return [
-    Point(line['step'], line['tokens'], a_token and a_token * line['tokens'], line['loss'])
+    Point(
+      line['step'],
+      line['tokens'],
+      flops and flops * line['tokens'],
+      line['loss'],
+      line.get('bits_per_byte', math.nan),
+      n_bytes and n_bytes * line['tokens'],
+    )
     for line in lines(workdir, row)
     if line['kind'] == 'eval' and line['loss'] is not None
   ]
@@ -174,6 +240,24 @@ def curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]]:
   """`{arm id: its evaluations}` of the rows that have any."""
   found = {row.arm_id: curve(workdir, row) for row in rows}
   return {arm_id: points for arm_id, points in found.items() if points}
+
+
+def training_curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]]:
+  """`{arm id: its training loss}`, each point the mean of a hundredth of the run; of the rows that have any."""
+  found = {}
+  for row in rows:
+    logged = [line for line in lines(workdir, row) if line['kind'] == 'train' and None not in map(line.get, NEEDED)]
+    size = -(-len(logged) // 100)
+    n_bytes, tokens = row.summary.get('bytes'), row.summary.get('tokens')
+    a_token = n_bytes / tokens if n_bytes and tokens else None
+    points = []
+    for part in (logged[i : i + size] for i in range(0, len(logged), size)) if logged else ():
+      loss, seen = sum(line['loss'] for line in part) / len(part), part[-1]['tokens']
+      bits = loss / math.log(2) / a_token if a_token else math.nan
+      points.append(Point(part[-1]['step'], seen, None, loss, bits, a_token and a_token * seen))
+    if points:
+      found[row.arm_id] = points
+  return found
 
 
 def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:

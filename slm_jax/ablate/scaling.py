@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
+from slm_jax.ablate.comparable import LOSS, metric_of, why_apart
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.stats import LEVEL
 from slm_jax.config import require
@@ -75,8 +76,16 @@ class Fit(NamedTuple):
 
 
 def points(rows: Iterable[Row]) -> tuple[list[float], list[float], list[float]]:
-  """`(parameters, tokens, losses)` of the runs that are done, each seed a run of its own; what `chinchilla` takes."""
-  found = [[row.summary[key] for key in ('parameters', 'tokens', 'loss')] for row in rows if row.summary]
+  """`(parameters, tokens, losses)` of the runs that are done, each seed a run of its own; what `chinchilla` takes.
+
+  Of runs with different tokenizers: bytes of training text, and bits per byte. ConfigError if they were evaluated on
+  different text, which no law relates.
+  """
+  done = [row for row in rows if row.summary]
+  metric, apart = metric_of(done), why_apart(done)
+  require(not apart, f'scaling law: the runs were {apart}')
+  keys = ('parameters', 'tokens' if metric is LOSS else 'bytes', metric.key)
+  found = [[row.summary[key] for key in keys] for row in done]
   parameters, tokens, losses = map(list, zip(*found, strict=True)) if found else ([], [], [])
   return parameters, tokens, losses
 

@@ -3,15 +3,16 @@
     def search(trial):      # beside config(); search(trial, base) if it wants the base
       return {'optim.learning_rate': trial.suggest_float('learning_rate', 1e-4, 1e-2, log=True)}
 
-Optuna (the extra 'search') asks for trials and is told their final losses; its sampler is the tree-structured Parzen
-estimator (Bergstra et al., NeurIPS 2011). It keeps nothing: a sampler of fixed seed that is told the same losses in the
-same order asks for the same trials, so what was done before is found in the results of the arms, and only there.
+Optuna (the extra 'search') asks for trials and is told their final losses, in bits per byte. Its sampler is the
+tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011). It keeps nothing: a sampler of fixed seed that is told
+the same losses in the same order asks for the same trials. So what was done before is found in the results of the arms,
+and only there.
 
 A search has looked at its seeds; what it finds is to be compared with anything else on other ones.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,21 @@ def _changes(function: Any, trial: Any, base: 'Config') -> Changes:
 
 
 def outcome(workdir: Path, arm_id: str) -> float | None:
-  """The final loss of an arm that is done, infinity if it diverged; None if it is to be run (again)."""
+  """Bits per byte of an arm that is done, infinity if it diverged; None if it is to be run (again).
+
+  Bits per byte order trials of one tokenizer as their losses do, and compare trials of several.
+  """
   run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
   if workdirs.is_done(workdir, arm_id) and 'summary' in run:
-    return float(run['summary']['loss'])
-  return math.inf if run.get('status') == 'nan' else None
+    return float(run['summary']['bits_per_byte'])
+  return math.inf if run.get('status') in ('diverged', 'nan') else None  # nan: of format 1
+
+
+def check_comparable(workdir: Path, arm_ids: Iterable[str]) -> None:
+  """ConfigError if trials that are done were evaluated on different text: their losses rank nothing."""
+  runs = [read_object(workdirs.folder(workdir, arm_id) / 'run.json') for arm_id in arm_ids]
+  texts = {run['summary'].get('held_out') for run in runs if 'summary' in run}
+  require(len(texts) < 2, 'search(trial): trials are evaluated on different held-out text, so that none is the best')
 
 
 def _optuna() -> Any:

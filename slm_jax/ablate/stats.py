@@ -1,4 +1,4 @@
-"""What few repetitions can say: means with intervals, paired differences, p values, and how many seeds it would take.
+"""What few repetitions can say: means with intervals, p values, and how many seeds it would take.
 
 All intervals and tests are two-sided at 95 %, and ALPHA = 0.05 is what a p value is held against.
 
@@ -8,7 +8,7 @@ All intervals and tests are two-sided at 95 %, and ALPHA = 0.05 is what a p valu
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,12 +30,17 @@ class Interval(NamedTuple):
 
   @property
   def p(self) -> float:
-    """How often a mean at least so far from zero would be seen if the true one were zero; NaN for n < 2."""
-    if self.n < 2:
-      return math.nan
-    if self.sd == 0:
-      return 1.0 if self.mean == 0 else 0.0
-    return float(2 * scipy.special.stdtr(self.n - 1, -abs(self.mean) * math.sqrt(self.n) / self.sd))
+    """How often a mean at least so far from zero would be seen if the true one were zero.
+
+    NaN for n < 2, and for values that are all the same: a test needs their spread.
+    """
+    return 2 * self.tail(-abs(self.mean))
+
+  def tail(self, distance: float) -> float:
+    """P(T <= distance sqrt(n) / s): how often a mean lies so far below the true one. NaN where `p` is."""
+    if self.n < 2 or self.sd == 0:
+      return 0.5 if self.n > 1 and distance == 0 else math.nan
+    return float(scipy.special.stdtr(self.n - 1, distance * math.sqrt(self.n) / self.sd))
 
   @property
   def detectable(self) -> float:
@@ -52,12 +57,6 @@ def interval(values: Iterable[float | None]) -> Interval:
     return Interval(mean, math.nan, math.nan, n)
   sd = math.sqrt(math.fsum((x - mean) ** 2 for x in xs) / (n - 1))
   return Interval(mean, float(scipy.special.stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / math.sqrt(n), sd, n)
-
-
-def paired(ours: Mapping[Hashable, float | None], baseline: Mapping[Hashable, float | None]) -> Interval:
-  """ours - baseline over the seeds that both have: what the seeds have in common cancels."""
-  pairs = [(ours[seed], baseline[seed]) for seed in ours if seed in baseline]
-  return interval(a - b for a, b in pairs if a is not None and b is not None)
 
 
 def bootstrap(
@@ -124,38 +123,22 @@ def seeds_needed(effect: float, sd: float, alpha: float = ALPHA) -> int | None:
   return high
 
 
-# ----------------------------------------------------------------------------------------------------------- words
+def seeds_range(difference: Interval, alpha: float = ALPHA) -> tuple[int | None, int | None]:
+  """`(fewest, most)`: an 80 % interval of the seeds that would show a difference such as this one with 80 % power.
 
-
-def verdict(difference: Interval, unit: str = 'nats', p: float | None = None, comparisons: int = 1) -> str:
-  """A paired difference in a loss (less is better), in words that claim no more than it shows.
-
-  p: adjusted for `comparisons` (see `holm`), if they are several. The seeds that it would take are those for the
-  difference as it was seen, which is itself uncertain; over several comparisons at ALPHA / comparisons, Holm's first.
+  The difference and its deviation were themselves measured from n seeds, and a number of seeds that is computed from
+  them as they stand says little: from n = 3 it lies between 6 and 676 in 80 % of cases where 34 is right. So the
+  interval of the standardised difference (of the noncentral t distribution, 10 to 90 %) is carried through. None: more
+  than MOST_SEEDS, which is also the end of a difference whose sign is open.
   """
-  mean, half, sd, n = difference
-  if n == 0:
-    return 'cannot tell: no seed in common'
-  if mean == 0 and (n == 1 or sd == 0):  # the same bits: what is expected of code that was only moved
-    return f'no difference at all, n={n}'
-  if n == 1:
-    return f'cannot tell: {digits(mean, half, "+")} {unit}, but n=1'
-  p = difference.p if p is None else p
-  evidence = (
-    f'p{"<0.001" if p < 0.001 else f"={p:.3f}"}{f" (Holm over {comparisons})" if comparisons > 1 else ""}, n={n}'
-  )
-  if p < ALPHA:
-    return f'{"better" if mean < 0 else "worse"} by {digits(abs(mean), half)} {unit} (95 %), {evidence}'
-  needed = seeds_needed(mean, sd, ALPHA / comparisons) if mean else None
-  seeds = f'about {needed}' if needed else f'more than {MOST_SEEDS:,}'
-  return f'cannot tell: {digits(mean, half, "+")} {unit} (95 %), {evidence}; needs {seeds} seeds'
+  n, t = difference.n, abs(difference.mean) * math.sqrt(difference.n) / difference.sd
+  weak, strong = (float(scipy.special.nctdtrinc(n - 1, level, t)) for level in (0.9, 0.1))
+  central = float(scipy.special.stdtr(n - 1, t))
+  needed = [seeds_needed(d / math.sqrt(n), 1.0, alpha) if d > 0 else None for d in (strong, weak)]
+  return needed[0], needed[1] if central > 0.9 else None
 
 
-def expectation(difference: Interval) -> str:
-  """What became of 'less than': a paired difference is expected to be negative, and its 95 % interval decides."""
-  if not difference.n > 1 or abs(difference.mean) <= difference.half:
-    return 'CANNOT TELL'
-  return 'REPRODUCED' if difference.mean < 0 else 'NOT REPRODUCED'
+# ----------------------------------------------------------------------------------------------------------- words
 
 
 def p_text(p: float) -> str:
@@ -163,7 +146,9 @@ def p_text(p: float) -> str:
 
 
 def digits(mean: float, half: float, sign: str = '') -> str:
-  """`0.0213 ± 0.0061`: as many decimals as the interval's second digit, and at most five."""
-  decimals = 4 if not math.isfinite(half) else 5 if half <= 0 else min(5, max(0, 1 - math.floor(math.log10(half))))
+  """`0.0213 ± 0.0061`: as many decimals as the interval's second digit, and at most seven."""
+  if half <= 1e-9 * abs(mean):  # what rounding leaves of equal values
+    half = 0.0
+  decimals = 4 if not math.isfinite(half) else 5 if half <= 0 else min(7, max(0, 1 - math.floor(math.log10(half))))
   text = f'{mean:{sign}.{decimals}f}'.replace('-', '−')
   return f'{text} ± {half:.{decimals}f}' if math.isfinite(half) else text

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from slm_jax.ablate import results
-from slm_jax.ablate.arms import shown
+from slm_jax.ablate.arms import show_apart, shown
 from slm_jax.ablate.stats import Interval
 from slm_jax.ablate.sweep import SEEDS
 from slm_jax.ablate.table import Line
@@ -56,7 +56,7 @@ def _against(key: str, arms: Sequence[tuple[Line, Any]], order: Sequence[str]) -
   rest = [k for k in others if k not in moving]
   groups: dict[tuple[str, ...], list[tuple[float, Line]]] = {}
   for line, config in arms:
-    groups.setdefault(tuple(shown(config.get(k)) for k in rest), []).append((config[key], line))
+    groups.setdefault(tuple(repr(config.get(k)) for k in rest), []).append((config[key], line))
   kept = {values: points for values, points in groups.items() if len({x for x, _ in points}) >= LEAST}
   if not kept:
     return []
@@ -66,13 +66,14 @@ def _against(key: str, arms: Sequence[tuple[Line, Any]], order: Sequence[str]) -
     if len(_distinct([*by, k], first.values())) > len(_distinct(by, first.values())):
       by.append(k)
   ranked = sorted(kept, key=lambda values: [_order(first[values].get(k)) for k in by])
-  label = {v: ', '.join(f'{k.rsplit(".", 1)[-1]}={shown(first[v].get(k))}' for k in by) for v in ranked}
+  texts = {k: show_apart([first[v].get(k) for v in ranked]) for k in by}
+  label = {v: ', '.join(f'{k.rsplit(".", 1)[-1]}={texts[k][i]}' for k in by) for i, v in enumerate(ranked)}
   drawn = tuple((label[v], tuple(sorted(kept[v], key=lambda point: point[0]))) for v in ranked)
   return [Swept(key, moving, tuple(by), drawn)]
 
 
 def _distinct(keys: Sequence[str], configs: Iterable[Any]) -> set[tuple[str, ...]]:
-  return {tuple(shown(config.get(k)) for k in keys) for config in configs}
+  return {tuple(repr(config.get(k)) for k in keys) for config in configs}
 
 
 def _order(value: Any) -> tuple[bool, float, str]:

@@ -4,7 +4,9 @@ experiment.json       which experiment this is, and every arm that was ever laun
 arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, lost.json, samples.json, checkpoints/, model/, DONE
 code/<digest>/        the experiment's own files as they were at a launch; run.json of an arm says which
 replaced/             folders of arms that --rerun made again
-results.csv  report.html  plots/
+reports/<key>.html    a report for every launch; index.html lists them, report.html is that of the latest whole sweep
+plots/<key>/          its plots as files
+results.csv           every arm
 lock                  held by the launch at work here; each arm's folder has one too
 """
 
@@ -25,16 +27,37 @@ from slm_jax.files import write_bytes, write_json
 FORMAT = 2  # 1: an arm's id was a hash of all its settings (adopt.py)
 
 
+class Launch(NamedTuple):
+  """One launch: the arms that it was about, and what they answered. Launches of the same arms are one."""
+
+  key: str  # names its report: reports/<key>.html
+  arms: tuple[str, ...] = ()  # ids
+  whole: bool = True  # whether these are all arms of a sweep
+  asked: str = ''  # the part of the command line that chose them
+  when: str = ''  # the last time, ISO 8601
+  question: str = ''  # the docstring of the experiment file
+  baseline: str = ''  # name of the arm that others are compared with
+  code: str = ''  # digest of the experiment's own files
+  answer: str = ''  # the text that the experiment's own report(rows) returned
+  claims: tuple[Mapping[str, str], ...] = ()  # what it claimed, with verdicts: fields of `claims.Decided`
+
+
 class Experiment(NamedTuple):
   """experiment.json: what the launches of a workdir leave for its reports."""
 
   name: str
-  question: str = ''  # the docstring of the experiment file
-  baseline: str = ''  # name of the arm that others are compared with
-  answer: str = ''  # what the experiment's own report(rows) said
-  latest: tuple[str, ...] = ()  # arm ids of the latest launch
+  launches: tuple[Launch, ...] = ()  # the latest one last
   arms: Mapping[str, Mapping[str, Any]] = {}  # {arm id: {name, group, parents, diff, command}}, first launched first
-  code: str = ''  # digest of the experiment's own files at the latest launch
+
+  @property
+  def latest(self) -> Launch:
+    """The launch to report on: of `results.read`'s rows, if there was none."""
+    return self.launches[-1] if self.launches else Launch('', tuple(self.arms))
+
+  def with_launch(self, launch: Launch) -> 'Experiment':
+    """With a launch as the latest one, in place of an earlier one of its key."""
+    others = tuple(other for other in self.launches if other.key != launch.key)
+    return self._replace(launches=(*others, launch))
 
 
 def folder(workdir: Path, arm_id: str) -> Path:
@@ -54,14 +77,25 @@ def read_experiment(workdir: Path) -> Experiment | None:
     values = json.loads(path.read_text(encoding='utf-8'))
     written = values.pop('format')
     require(written <= FORMAT, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
-    values['arms'] = {entry.pop('arm_id'): entry for entry in values['arms']}
-    return Experiment(**{**values, 'latest': tuple(values['latest'])})
+    arms = {entry.pop('arm_id'): entry for entry in values['arms']}
+    launches = values['launches'] if written > 1 else [_launch_of_format_1(values)]
+    return Experiment(values['name'], tuple(map(_launch, launches)), arms)
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
     raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
 
 
+def _launch(values: Mapping[str, Any]) -> Launch:
+  return Launch(**{**values, 'arms': tuple(values['arms']), 'claims': tuple(values['claims'])})
+
+
+def _launch_of_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Format 1 kept the latest launch only."""
+  known = {name: values[name] for name in ('question', 'baseline', 'answer')}
+  return {**Launch('format-1')._asdict(), **known, 'arms': values['latest']}
+
+
 def write_experiment(workdir: Path, experiment: Experiment) -> None:
-  values = experiment._asdict()
+  values: dict[str, Any] = {'name': experiment.name, 'launches': [each._asdict() for each in experiment.launches]}
   # A list keeps the order of the arms, which a JSON object with sorted keys does not.
   values['arms'] = [{'arm_id': arm_id, **entry} for arm_id, entry in experiment.arms.items()]
   write_json(workdir / 'experiment.json', {'format': FORMAT, **values})

@@ -8,7 +8,7 @@ from fakes import arms_of, experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.ablate.arms import expand, sweeps_of
+from slm_jax.ablate.arms import expand, show_apart, sweeps_of
 from slm_jax.ablate.sweep import product, seeds
 from slm_jax.config import ConfigError, semantic_hash
 from slm_jax.distill.logits import Distill
@@ -307,3 +307,23 @@ def test_the_work_grows_with_the_number_of_arms_and_not_with_its_square():
 
   calls(5)
   assert calls(200) / calls(50) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+  'values, expected',
+  [
+    ([0.1, 0.2], ['0.1', '0.2']),
+    ([0.1234567, 0.1234568], ['0.1234567', '0.1234568']),
+    ([1e-9, 1.0000000001e-9, 2e-9], ['1e-09', '1.0000000001e-09', '2e-09'][:3]),
+    ([0.1 + 0.2, 0.3], ['0.30000000000000004', '0.29999999999999999']),
+    ([(0.1234567, 1), (0.1234568, 1)], ['0.1234567+1', '0.1234568+1']),
+    (['a', 3, True], ['a', '3', 'True']),
+  ],
+)
+def test_floats_have_as_many_digits_as_tell_them_apart(values, expected):
+  assert show_apart(values) == expected
+
+
+def test_arms_that_differ_in_the_last_digits_have_names_that_differ():
+  arms = arms_of(experiment(sweep=[{'optim.weight_decay': x} for x in (0.1, 0.10000001, 0.10000002)]))
+  assert [arm.name for arm in arms] == ['weight_decay=0.1', 'weight_decay=0.10000001', 'weight_decay=0.10000002']

@@ -138,7 +138,7 @@ def test_spent_is_the_summary_of_what_is_done_and_the_log_of_what_is_not(tmp_pat
   write(tmp_path, done, {'summary': {'flops': 5e9, 'seconds': 7200, 'dollars': 3.0}}, done=True)
   lines = [{'step': s, 'kind': 'train', 'tokens': 1000.0 * s, 'seconds': 36.0 * s} for s in (1, 2)]
   chip = {'device_kind': 'TPU v5 lite', 'devices': 4, 'processes': 1}
-  write(tmp_path, broken, {'status': 'nan', **chip}, lines)
+  write(tmp_path, broken, {'status': 'diverged', **chip}, lines)
   write(tmp_path, priced, {'summary': {'flops': 1.0, 'seconds': 3600, 'dollars': None}, **chip}, done=True)
   assert budget.spent(tmp_path, done, per_token) == Amount(5e9, 3.0, 2.0)
   assert budget.spent(tmp_path, broken, per_token) == pytest.approx((2000 * 100, 0.02 * 4 * 1.20, 0.02))

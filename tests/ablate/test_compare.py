@@ -42,8 +42,8 @@ def test_differences_are_b_minus_a_by_seed(tmp_path):
   assert teacher.difference == pytest.approx((0, 0, 0, 3), abs=1e-12)
   assert student.difference.mean == pytest.approx(-0.1, abs=1e-3)
   assert student.difference.half < 0.001 < student.losses[0].half  # what the seeds share cancels
-  assert student.verdict.startswith('better by 0.0999')
-  assert teacher.verdict == 'no difference at all, n=3'
+  assert str(student.verdict).startswith('better: −0.0999')
+  assert teacher.verdict.word == 'no difference'
 
 
 def test_only_common_seeds_and_common_names_are_compared(tmp_path):
@@ -78,7 +78,7 @@ def test_the_page_is_complete_and_escaped(tmp_path):
   assert page.tags.count('script') == 1
   assert 'img' not in page.tags
   assert page.tags.count('svg') == 1
-  for text in ('b against a', EVIL, f'– → {EVIL}', 'no difference at all'):
+  for text in ('b against a', EVIL, f'– → {EVIL}', 'no difference (n=3); the same within rounding'):
     assert text in page.text
   assert (b / 'plots/compare.svg').exists()
   assert not (a / 'compare.html').exists()

@@ -32,7 +32,6 @@ def sweep(*changes, base=None):
     ({'transforms.distill.weight': 0.1}, True),
     ({'seed': 3, 'data.seed': 4}, True),
     ({'train.steps': 77}, True),
-    ({'eval.every': 1}, True),
     ({'init.arm': 'teacher'}, True),
     ({'data.documents': 99}, True),
     ({'data.batch_size': 4}, False),

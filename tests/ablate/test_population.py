@@ -171,7 +171,7 @@ def test_equal_to_the_arms_alone(root, alone, tmp_path, monkeypatch):
   assert sorted(arms, key=lambda a: final[a][0]) == sorted(arms, key=lambda a: final[a][1])
   for arm_id in bad:
     record = json.loads((workdir / 'arms' / arm_id / 'run.json').read_text())
-    assert record['status'] == 'nan'
+    assert record['status'] == 'diverged'
     assert 'not finite' in record['error']
     assert max(saved(workdir / 'arms' / arm_id / 'checkpoints')) < 25
 

@@ -98,9 +98,13 @@ def test_without_optuna_one_line_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize(
   'run, done, expected',
   [
-    ({'status': 'done', 'summary': {'loss': 1.25}}, True, 1.25),
-    ({'status': 'done', 'summary': {'loss': 1.25}}, False, None),  # killed between the two writes: it runs again
-    ({'status': 'nan', 'error': 'not finite'}, False, math.inf),
+    ({'status': 'done', 'summary': {'loss': 0.9, 'bits_per_byte': 1.25}}, True, 1.25),
+    (
+      {'status': 'done', 'summary': {'loss': 0.9, 'bits_per_byte': 1.25}},
+      False,
+      None,
+    ),  # killed between the two writes: it runs again
+    ({'status': 'diverged', 'error': 'not finite'}, False, math.inf),
     ({'status': 'failed'}, False, None),
     ({'status': 'preempted'}, False, None),
     ({'status': 'running'}, False, None),

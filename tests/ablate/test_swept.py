@@ -21,7 +21,7 @@ def lines_of(path, sweep, loss=lambda config: 1.5, nan=lambda config: False):
   Plan(module, path, arms, [], arms[0].name).record()
   for arm in arms:
     folder = workdir.folder(path, arm.arm_id)
-    run = {'status': 'nan'} if nan(arm.config) else {'status': 'done', 'summary': summary(loss(arm.config))}
+    run = {'status': 'diverged'} if nan(arm.config) else {'status': 'done', 'summary': summary(loss(arm.config))}
     write_json(folder / 'run.json', run)
     write_json(folder / 'config.json', to_dict(arm.config))
     if run['status'] == 'done':
@@ -93,7 +93,7 @@ def test_the_plot_is_made_by_itself_and_says_what_it_shows(tmp_path):
   drawn = {plot.name: plot for plot in plots.save(tmp_path / 'plots', plots.pictures_of_sweeps(lines, [1.0]))}
   plot = drawn['loss_by_optim_learning_rate']
   assert 'one line for each model.d_model' in plot.title
-  assert '×: a loss that was no number' in plot.title
+  assert '×: a run that diverged' in plot.title
   for text in ('d_model=128', 'entropy of the data', 'optim.learning_rate', '0.008'):
     assert text in plot.svg
   assert not plot.by_arm

@@ -1,13 +1,12 @@
 """The questions about distillation: their verdicts follow the numbers, and each can come out any way."""
 
 import collections
-import re
 
 import numpy as np
 import pytest
-from fakes import arms_of, summary
+from fakes import arms_of, summary, verdicts_of
 
-from experiments import capacity_gap, common, divergences, few_stories, kd_or_ce, on_policy, sparse_targets
+from experiments import capacity_gap, divergences, few_stories, kd_or_ce, on_policy, sparse_targets
 from slm_jax.ablate import population
 from slm_jax.ablate.results import Row
 from slm_jax.config import flatten
@@ -16,15 +15,14 @@ from slm_jax.model.flops import flops_per_token
 QUESTIONS = (kd_or_ce, sparse_targets, divergences, few_stories, capacity_gap)
 
 
-def verdicts(module, numbers, noise=1e-4):
+def verdicts(module, numbers, noise=3e-4):
   """numbers: {name of an arm: what its summary says}; of others, a loss of 1."""
   rows = []
   for i, arm in enumerate(arms_of(module)):
     jitter = noise * np.random.default_rng(i).normal()
     its = {key: value + jitter for key, value in {'loss': 1.0, 'ece': 0.01, **numbers.get(arm.name, {})}.items()}
     rows.append(Row(arm.arm_id, arm.name, arm.group, 'done', flatten(arm.config), summary(**its), {}))
-  lines = [line for line in module.report(rows).splitlines() if line.startswith('- ')]
-  return [re.search(r'(NOT REPRODUCED|REPRODUCED|CANNOT TELL)$', line).group(1) for line in lines]
+  return verdicts_of(module.report(rows))
 
 
 def losses(**by_name):
@@ -68,8 +66,9 @@ def test_sparse_targets():
   assert set(verdicts(sparse_targets, right)) == {'REPRODUCED'}
   wrong = {**right, 'full': {'loss': 1.4}, 'unnormalised': {'loss': 1.3, 'ece': 0.011}}
   found = verdicts(sparse_targets, wrong)
-  assert found[:2] == ['NOT REPRODUCED', 'NOT REPRODUCED']  # no draws are as good, and hard labels are better
-  assert found[3] == 'NOT REPRODUCED'  # not twice the calibration error
+  assert found[:3] == ['NOT REPRODUCED', 'NOT REPRODUCED', 'REPRODUCED']
+  assert found[3:5] == ['NOT REPRODUCED', 'NOT REPRODUCED']  # no draws are as good, and hard labels are better
+  assert found[6] == 'NOT REPRODUCED'  # not twice the calibration error
 
 
 def test_divergences():
@@ -78,9 +77,13 @@ def test_divergences():
   others = {name: {'loss': 1.1, 'entropy': 0.9, 'rollout_kl': 0.1} for name in names}
   best = {'loss': 1.0, 'entropy': 1.0, 'rollout_kl': 0.2}
   right = {**others, 'kl': best, 'kl, warm': best}
-  assert verdicts(divergences, right) == ['REPRODUCED'] * 18
+  assert verdicts(divergences, right) == ['REPRODUCED'] * 21
   found = verdicts(divergences, {**right, 'kl, warm': {'loss': 1.2, 'entropy': 0.8, 'rollout_kl': 0.2}})
-  assert found == ['REPRODUCED'] * 9 + ['NOT REPRODUCED'] * 8 + ['REPRODUCED']
+  assert found[:3] == ['NOT REPRODUCED', 'NOT REPRODUCED', 'REPRODUCED']
+  lowest, sharper, closer = found[3:17], found[17:19], found[19:]
+  assert lowest == ['REPRODUCED'] * 7 + ['NOT REPRODUCED'] * 7
+  assert sharper == ['REPRODUCED', 'NOT REPRODUCED']
+  assert closer == ['REPRODUCED'] * 2
 
 
 def test_few_stories():
@@ -94,29 +97,6 @@ def test_capacity_gap():
   assert verdicts(capacity_gap, right) == ['REPRODUCED'] * 3
   wrong = {'taught by 0.25x': {'loss': 0.9}, 'taught by 4x': {'loss': 1.2}, 'taught by 2x': {'loss': 0.8}}
   assert verdicts(capacity_gap, wrong) == ['NOT REPRODUCED'] * 3
-
-
-def test_a_margin_moves_the_verdict_and_not_what_is_shown():
-  pairs = {i: 1.0 + 0.001 * i for i in range(5)}, {i: 1.03 + 0.0011 * i for i in range(5)}
-  assert common.claim('a < b by 0.02', *pairs, 0.02).endswith('REPRODUCED')
-  assert common.claim('a < b by 0.04', *pairs, 0.04).endswith('NOT REPRODUCED')
-  assert common.claim('a < b', *pairs).split(':')[1] == common.claim('a < b', *pairs, 0.02).split(':')[1]
-
-
-@pytest.mark.parametrize(
-  'shift, verdict',
-  [
-    (0.0, 'REPRODUCED'),
-    (0.019, 'CANNOT TELL'),
-    (-0.019, 'CANNOT TELL'),
-    (0.03, 'NOT REPRODUCED'),
-    (-0.03, 'NOT REPRODUCED'),
-  ],
-)
-def test_equal_is_within_the_limit_on_both_sides(shift, verdict):
-  noise = [-0.002, 0.001, 0.002, -0.001, 0.0]
-  ours, theirs = {i: 1 + shift + e for i, e in enumerate(noise)}, dict.fromkeys(range(5), 1.0)
-  assert common.equal('a = b', ours, theirs, 0.02).endswith(f': {verdict}')
 
 
 EXACT = {
@@ -134,10 +114,10 @@ def on_policy_verdicts(exact, noise=0.002):
 
 
 def test_on_policy():
-  assert on_policy_verdicts(EXACT) == ['REPRODUCED'] * 5
-  assert on_policy_verdicts({name: 1 - share for name, share in EXACT.items()}) == ['NOT REPRODUCED'] * 5
+  assert on_policy_verdicts(EXACT) == ['REPRODUCED'] * 6
+  assert on_policy_verdicts({name: 1 - share for name, share in EXACT.items()}) == ['NOT REPRODUCED'] * 6
 
 
 @pytest.mark.parametrize('gain, verdict', [(0.01, 'NOT REPRODUCED'), (0.03, 'REPRODUCED')])
 def test_the_gain_on_off_policy_must_be_two_points(gain, verdict):
-  assert on_policy_verdicts({**EXACT, 'reverse KL': EXACT['off-policy'] + gain}, 1e-4)[0] == verdict
+  assert on_policy_verdicts({**EXACT, 'reverse KL': EXACT['off-policy'] + gain}, 1e-4)[3] == verdict

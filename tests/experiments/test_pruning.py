@@ -1,10 +1,8 @@
 """The questions about pruning: they expand, and their verdicts follow the numbers and can come out either way."""
 
-import re
-
 import numpy as np
 import pytest
-from fakes import arms_of, summary
+from fakes import arms_of, summary, verdicts_of
 
 from experiments import domains, one_shot, recovery, sparse_or_small, which_layers, width_or_depth
 from slm_jax.ablate.results import Row
@@ -20,8 +18,7 @@ def verdicts(module, loss):
   for i, arm in enumerate(arms_of(module)):
     value = loss(arm.name) + 1e-5 * np.random.default_rng(i).normal()
     rows.append(Row(arm.arm_id, arm.name, arm.group, 'done', flatten(arm.config), summary(value, ece=0.01), {}))
-  lines = [line for line in module.report(rows).splitlines() if line.startswith('- ')]
-  return [re.search(r'(NOT REPRODUCED|REPRODUCED|CANNOT TELL)$', line).group(1) for line in lines]
+  return verdicts_of(module.report(rows))
 
 
 @pytest.mark.parametrize('module', QUESTIONS)
@@ -49,13 +46,13 @@ def test_one_shot():
     way, _, share = name.rpartition(' ')
     return 1.0 + rise[way] * AT[share]
 
-  assert verdicts(one_shot, right) == ['REPRODUCED'] * 22
+  assert verdicts(one_shot, right) == ['REPRODUCED'] * 24  # three primary ones, and the parts of two of them
   rise.update({'obd global': 0.5, 'sparsegpt': 0.4, 'obd': 0.5, 'wanda': 3.0})
   found = verdicts(one_shot, right)
-  assert found[:7] == ['NOT REPRODUCED'] * 7
-  assert found.count('NOT REPRODUCED') == 8
+  assert found[:9] == ['NOT REPRODUCED'] * 9
+  assert found.count('NOT REPRODUCED') == 10
   rise['obd global'] = 0.7
-  assert verdicts(one_shot, right)[7:14] == ['NOT REPRODUCED'] * 7
+  assert verdicts(one_shot, right)[9:16] == ['NOT REPRODUCED'] * 7
 
 
 def test_recovery():
@@ -67,11 +64,12 @@ def test_recovery():
       return 1.0 + rise[way] * (0.09 if 'KD' in rest else 0.1 if 'CE' in rest else 1.0)
     return {'gradual 80%': 1.03, 'gradual 90%': 1.03, 'small, scratch': 1.5}.get(name, 1.0)
 
-  assert verdicts(recovery, right) == ['REPRODUCED'] * 16
+  assert verdicts(recovery, right) == ['REPRODUCED'] * 19
   rise.update(obd=9.0, magnitude=8.0)
   wrong = {'gradual 80%': 3.0, 'gradual 90%': 3.0}
   found = verdicts(recovery, lambda name: right(name) if name not in wrong else wrong[name])
-  assert found.count('REPRODUCED') == 2, 'distillation alone still helps'
+  assert found[:3] == ['NOT REPRODUCED', 'NOT REPRODUCED', 'REPRODUCED'], 'distillation alone still helps'
+  assert found[3:].count('REPRODUCED') == 2
 
 
 @pytest.mark.parametrize('module', [one_shot, recovery, which_layers, domains, width_or_depth])
@@ -107,7 +105,8 @@ def test_sparse_and_small_have_as_many_weights_that_are_not_zero():
 
 def test_which_layers():
   right = {'without 0': 4.0, 'influence': 1.1, **{f'without {i}': 1.0 + 0.1 * i for i in range(1, 6)}}
-  assert verdicts(which_layers, lambda name: right.get(name, 0.9)) == ['REPRODUCED'] * 3
+  # Three models cannot tell a criterion that picks well from one that guesses: that happens in (2/6)^3 of cases.
+  assert verdicts(which_layers, lambda name: right.get(name, 0.9)) == ['CANNOT TELL', 'REPRODUCED', 'REPRODUCED']
   wrong = {**right, 'influence': right['without 5'], 'without 0': 1.05}
   assert verdicts(which_layers, lambda name: wrong.get(name, 0.9)) == ['NOT REPRODUCED'] * 3
 
@@ -122,9 +121,9 @@ def test_domains():
     shift = {'': 0.0, on: -0.3}.get(trained, away)
     return 1.0 + (0.05 if 'by' in way else 0.0) + (own if way.endswith(f'by {on}') else 0.0) + shift
 
-  assert verdicts(domains, loss) == ['REPRODUCED'] * 16
+  assert verdicts(domains, loss) == ['REPRODUCED'] * 19
   wrong = verdicts(domains, lambda name: loss(name, 0.4, -0.5))
-  assert wrong == ['NOT REPRODUCED'] * 16
+  assert wrong == ['NOT REPRODUCED'] * 19
 
 
 def test_what_is_trained_on_a_domain_keeps_the_zeros_it_starts_from():
@@ -143,9 +142,9 @@ def test_width_or_depth():
   right = {'parent': 0.5, 'depth, KD': 0.7, 'width, KD': 0.65, 'stream, KD': 0.72}
   right |= {name: 2.0 for shape in width_or_depth.SHAPES for name in (f'{shape}, cut', f'{shape}, scratch')}
   right |= {f'{shape}, pipeline': 0.5 for shape in width_or_depth.SHAPES}
-  assert verdicts(width_or_depth, right.__getitem__) == ['REPRODUCED'] * 8
+  assert verdicts(width_or_depth, right.__getitem__) == ['REPRODUCED'] * 9
   wrong = {**right, 'width, KD': 0.75, **{f'{shape}, scratch': 0.76 for shape in width_or_depth.SHAPES}}
   wrong |= {f'{shape}, pipeline': 1.5 for shape in width_or_depth.SHAPES}
-  assert verdicts(width_or_depth, wrong.__getitem__) == ['NOT REPRODUCED'] * 8
+  assert verdicts(width_or_depth, wrong.__getitem__) == ['NOT REPRODUCED'] * 9
   cut = [arm.config for arm in arms_of(width_or_depth) if arm.name.endswith(('cut', 'KD'))]
   assert all(c.init.arm and c.init.by == 'activations' for c in cut)

@@ -41,7 +41,7 @@ def act(workdir, arm_id, name):
   if what in ('bug', 'second'):
     raise RuntimeError('a bug')
   if what not in (0, 'late'):
-    end(workdir, arm_id, {'status': 'nan', 'error': 'not finite'}, what)
+    end(workdir, arm_id, {'status': 'diverged', 'error': 'not finite'}, what)
   end(workdir, arm_id, {'status': 'done', 'summary': {'loss': 1.5}}, 0)
   if what == 'late':
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,8 +10,10 @@ import pytest
 from fakes import FakeTrain, experiment
 
 import launch.cli
+from slm_jax.ablate import report
 from slm_jax.ablate.arms import expand
 from slm_jax.ablate.sweep import product, seeds
+from slm_jax.ablate.workdir import read_experiment
 from slm_jax.distill.logits import Distill
 from slm_jax.revision import source
 
@@ -31,8 +33,15 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(start_with_report, monkeypatch):
-  """The same with an empty page for a report, which is not the matter here and takes a second."""
-  monkeypatch.setattr('slm_jax.ablate.report.publish', lambda workdir: (workdir / 'report.html').touch() or '')
+  """The same with empty pages for a report, which is not the matter here and takes a second."""
+
+  def publish(workdir):
+    for path in report.pages_of(workdir, read_experiment(workdir)):
+      path.parent.mkdir(exist_ok=True)
+      path.touch()
+    return ''
+
+  monkeypatch.setattr(report, 'publish', publish)
   return start_with_report
 
 
@@ -183,7 +192,7 @@ def test_code_drift_is_told(start):
   assert 'other code' not in start(module)[1]
   path = next(Path('runs/tiny/arms').glob('*/run.json'))
   path.write_text(json.dumps({**json.loads(path.read_text()), 'source': {**source(), 'step': 'x'}}))
-  assert '1 of 2 finished arms were made by other code (since then step changed)' in start(module)[1]
+  assert '1 of 2 arms were made by other code (changed since then: step)' in start(module)[1]
   assert 'other code' in start(module, '--dry_run')[1]
 
 
@@ -232,7 +241,7 @@ def test_a_search_runs_reports_and_is_not_run_again(start_with_report, hunt, tmp
   assert (code, error) == (0, '')
   assert train.called == trials(*range(14))
   best = min(range(14), key=lambda i: train.losses[f'trial {i}'])
-  assert f'best: trial {best}, loss ' in out
+  assert f'best: trial {best}, ' in out
   assert len((tmp_path / 'runs/tiny/results.csv').read_text().strip().split('\n')) == 1 + 14
   before = tree(tmp_path)
   code, out, _ = start(hunt, '--search=14', train=train)

@@ -224,7 +224,8 @@ def test_a_launch_runs_reports_and_is_not_run_again(start, tmp_path):
   code, out, error = start(module, train=train)
   assert (code, error) == (0, '')
   assert len(train.called) == 6
-  assert 'better by 0.30000' in out
+  assert '−0.3000' in out
+  assert 'better*' in out
   assert 'baseline' in out
   where = tmp_path / 'runs/tiny'
   assert {'results.csv', 'report.html', 'experiment.json'} <= {p.name for p in where.iterdir()}
@@ -232,7 +233,8 @@ def test_a_launch_runs_reports_and_is_not_run_again(start, tmp_path):
   code, out, _ = start(module, train=train)
   assert code == 0
   assert 'all 6 arms are done; nothing to do' in out
-  assert 'better by 0.30000' in out
+  assert '−0.3000' in out
+  assert 'better*' in out
   assert tree(where) == before
   assert len(train.called) == 6
 
@@ -356,7 +358,9 @@ def test_report_command_makes_the_page_anew(start, tmp_path, capsys):
   assert report_command.main(['runs/tiny']) == 0
   assert 'learning_rate=0.002' not in page.read_text()
   assert report_command.main(['runs/tiny', '--all']) == 0
-  assert 'learning_rate=0.002' in page.read_text()
+  assert 'learning_rate=0.002' not in page.read_text()
+  assert 'learning_rate=0.002' in (tmp_path / 'runs/tiny/reports/all.html').read_text()
+  assert 'runs/tiny/reports/all.html' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv', [[], ['a', 'b'], ['--al'], ['nowhere']])

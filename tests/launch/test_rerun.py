@@ -107,7 +107,7 @@ def test_an_edit_of_the_report_is_reported_anew(project, capsys):
   out = capsys.readouterr().out
   assert 'the second answer' in out
   assert 'the first answer' not in out
-  assert workdirs.read_experiment(project / 'wd').answer == 'the second answer'
+  assert workdirs.read_experiment(project / 'wd').latest.answer == 'the second answer'
 
 
 def test_rerun_makes_again_what_other_code_made_and_keeps_what_was(project, capsys):
@@ -151,7 +151,7 @@ def test_the_files_of_every_launch_are_kept(project):
   assert len(copies) == 2
   assert {(copy / 'helper.py').read_text() for copy in copies} == {'SCALE = 1\n'}
   assert sorted('second' in (copy / 'mine.py').read_text() for copy in copies) == [False, True]
-  assert (project / 'wd' / 'code' / workdirs.read_experiment(project / 'wd').code).is_dir()
+  assert (project / 'wd' / 'code' / workdirs.read_experiment(project / 'wd').latest.code).is_dir()
 
 
 def test_a_worker_records_what_it_runs(tmp_path):

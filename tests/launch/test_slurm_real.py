@@ -163,7 +163,7 @@ def test_a_sweep_is_done_and_reported(cluster, reference):
   assert 'job ' not in second  # nothing twice
   for name in ARMS:
     assert [line['step'] for line in result(arms[name])[1] if line['kind'] == 'train'] == list(range(1, STEPS + 1))
-  assert json.loads((arms['broken'] / 'run.json').read_text())['status'] == 'nan'
+  assert json.loads((arms['broken'] / 'run.json').read_text())['status'] == 'diverged'
   assert not (arms['below'] / 'run.json').exists()  # never started: what it builds on has failed
   log = cluster.log('reference')
   assert log.count('restart 0: ') == len(ARMS) + 1

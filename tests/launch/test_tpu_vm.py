@@ -85,7 +85,7 @@ def test_a_worker_that_left_with_42_starts_again_on_the_same_slice(scene):
 def test_exit_1_of_the_worker_stops_it_and_what_builds_on_it_and_says_why(scene):
   run = scene.plan.workdir / 'arms' / ONE / 'run.json'
   run.parent.mkdir(parents=True)
-  run.write_text(json.dumps({'status': 'nan', 'error': 'step 7: total not finite'}))
+  run.write_text(json.dumps({'status': 'diverged', 'error': 'step 7: total not finite'}))
   code, out, verbs = scene.run(creates=[SOON], sshs=[{'code': 101}])
   assert code == 1
   assert without_looks(verbs) == ['create', 'ssh', 'delete']

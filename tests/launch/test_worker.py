@@ -43,7 +43,7 @@ def test_all_arms_run_once_in_order(arms, tmp_path):
   train = FakeTrain()
   code, lines = run(arms, tmp_path, train)
   assert (code, names(train)) == (0, ['a', 'b', 'c', 'd'])
-  assert lines[1] == f'[1/4] a, seed 0 ({arms[0].arm_id}): done, loss 1.5, gap 0.4, seconds 3'
+  assert lines[1] == f'[1/4] a, seed 0 ({arms[0].arm_id}): done, loss 1.5, gap 0.4005, seconds 3'
   assert run(arms, tmp_path, train)[0] == 0
   assert len(train.called) == 4
 
