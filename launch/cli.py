@@ -5,6 +5,9 @@
 A wrong flag, key, value or combination is one line on stderr and exit code 1, before anything is compiled or written.
 """
 
+import ast
+import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +34,7 @@ from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from slm_jax.revision import experiment_files, hash_files
 
 FEW = 5  # remarks of a kind
+PARTS = {'config', 'sweep', 'report', 'search'}  # functions of an experiment file
 
 
 def main(
@@ -283,7 +287,23 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
     lengths = f'train.steps={short[0].config.train.steps}, optim.warmup={short[0].config.optim.warmup}'
     also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
     lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
+  lines += misspelt(plan.module)
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
+  return lines
+
+
+def misspelt(module: ModuleType) -> list[str]:
+  """Warnings about functions that look like a part of an experiment, and that nothing calls: def sweepp()."""
+  try:
+    tree = ast.parse(inspect.getsource(module))
+  except (OSError, TypeError, SyntaxError):
+    return []  # it has no source
+  used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+  lines = []
+  for node in tree.body:
+    if isinstance(node, ast.FunctionDef) and node.name not in used | PARTS and not node.name.startswith('sweep_'):
+      for meant in difflib.get_close_matches(node.name, PARTS, 1, 0.8):
+        lines.append(f'warning: {node.name}() is never called; did you mean {meant}()?')
   return lines

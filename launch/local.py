@@ -50,7 +50,8 @@ def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> int:
   units = _shared_out(plan, units, its, options)
   how = {'restarts': options.local_restarts, 'admit': admit, 'fail_fast': options.fail_fast}
   if not sys.stdout.isatty():
-    return pool.run(plan, units, its, **how)
+    lines = status.Lines(print, plan.workdir, [arm.arm_id for arm in plan.arms])
+    return pool.run(plan, units, its, **how, look=lines.look)
   screen = status.Screen(sys.stdout)
   live = status.Live(screen, plan.workdir, [arm.arm_id for arm in plan.arms])
   return pool.run(plan, units, its, **how, say=screen.say, look=live.look)

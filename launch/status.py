@@ -1,5 +1,7 @@
 """`python -m launch.status WORKDIR [--watch]`: the state of every arm, on any engine, from the result store alone.
 
+--watch redraws it on a terminal; elsewhere it prints the table, a line of totals now and then, and the table again.
+
     done        finished, and never run again
     running     a process holds the arm's lock; or, where that cannot be seen, something was written of late
     stalled     it was running, and its process is gone, or it has long been quiet: launch again
@@ -12,6 +14,7 @@ A lock (`slm_jax.ablate.workdir.lock`) is seen by the machine that holds it only
 the last line of metrics.jsonl tells. Nothing is locked or written here, so looking never disturbs a run.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,7 +22,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,6 +30,7 @@ from slm_jax.ablate import results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.results import Row
 from slm_jax.config import ConfigError, require
+from slm_jax.progress import PERIOD, duration
 
 FRESH = 600.0  # seconds after its last sign of life during which an arm on another machine counts as running
 QUIET = 120.0  # seconds without a sign of life, of an arm that runs here, that are worth a word
@@ -204,15 +208,6 @@ def totals(statuses: Sequence[Status]) -> str:
   return '; '.join(words)
 
 
-def duration(seconds: float) -> str:
-  """'42 s', '7 min', '3.5 h', '2.1 d'."""
-  if seconds < 100:
-    return f'{seconds:.0f} s'
-  if seconds < 6000:
-    return f'{seconds / 60:.0f} min'
-  return f'{seconds / 3600:.1f} h' if seconds < 48 * 3600 else f'{seconds / 86400:.1f} d'
-
-
 def _label(status: Status) -> str:
   return f'{status.name} (seed {status.seed})'
 
@@ -258,6 +253,25 @@ class Live:
     return found
 
 
+class Lines:
+  """The totals of some arms, a line now and then: what `Live` is without a terminal."""
+
+  def __init__(self, say: Callable[[str], object], workdir: Path, arm_ids: Iterable[str] = ()):
+    self._say, self._workdir, self._chosen = say, workdir, frozenset(arm_ids)
+    self._next, self._said = time.monotonic() + PERIOD, ''
+
+  def look(self) -> list[Status] | None:
+    """What it shows now, if it is time."""
+    if time.monotonic() < self._next:
+      return None
+    found = [s for s in read(self._workdir) if not self._chosen or s.arm_id in self._chosen]
+    self._next = time.monotonic() + PERIOD
+    if (line := totals(found)) != self._said:
+      self._say(line)
+      self._said = line
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------- command
 
 
@@ -271,10 +285,12 @@ def main(argv: Sequence[str]) -> int:
     require(known, f'{USAGE}; got: {" ".join(argv) or "nothing"}')
     workdir, watch = Path(folders[0]), '--watch' in argv
     workdirs.check_arms(workdir)
-    require(not watch or sys.stdout.isatty(), '--watch: redraws, which needs a terminal; leave it out')
+    if watch and sys.stdout.isatty():
+      _watch(Live(Screen(sys.stdout), workdir))
+      return 0
+    print(show(read(workdir)), flush=True)
     if watch:
-      _watch(workdir)
-    else:
+      _watch(Lines(functools.partial(print, flush=True), workdir))
       print(show(read(workdir)))
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
@@ -284,9 +300,8 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def _watch(workdir: Path) -> None:
+def _watch(live: Live | Lines) -> None:
   """Until Ctrl-C, or nothing is left that could go on by itself."""
-  live = Live(Screen(sys.stdout), workdir)
   ends = {'done', 'failed', 'blocked'}
   while not (found := live.look()) or any(s.state not in ends for s in found):
     time.sleep(0.2)

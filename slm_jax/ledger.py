@@ -2,18 +2,17 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from slm_jax import distributed, energy, perf
 from slm_jax.experiment import Config
 from slm_jax.metrics import MetricLog
+from slm_jax.progress import Progress
 
 # Where the wall time of an arm goes, over all its restarts (see `goodput`). data: the loop waits for a batch.
 Phase = Literal['compile', 'step', 'data', 'eval', 'checkpoint']
@@ -42,10 +41,12 @@ class Ledger:
     record: Mapping[str, Any],
     share: float = 1.0,
     starting: float = 0.0,
+    shown: int = 1,
   ):
     """share: of the wall time that is booked; 1/n for one of n arms that train in one program.
 
-    starting: seconds that this process took before the loop.
+    starting: seconds that this process took before the loop. shown: for how many arms this one shows the progress; 0:
+    another one does.
     """
     self._share = share
     self._log, self._every = log, config.run.log_every
@@ -66,14 +67,8 @@ class Ledger:
     self._since = time.perf_counter()
     self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
     self._compiled = False  # the first step compiles, and does not count for the speed
-    self._bar = tqdm(
-      total=config.train.steps,
-      initial=step,
-      desc=config.name,
-      disable=not (distributed.is_main() and sys.stderr.isatty()),
-      leave=False,
-      unit='step',
-    )
+    quiet = not shown or not distributed.is_main()
+    self._progress = Progress(config.name or 'run', config.train.steps, step, max(shown, 1), quiet)
 
   def __enter__(self) -> 'Ledger':
     self._since = time.perf_counter()
@@ -81,7 +76,7 @@ class Ledger:
     return self
 
   def __exit__(self, *exc: Any) -> None:
-    self._bar.close()
+    self._progress.close()
 
   def record(self) -> dict[str, Any]:
     """What a checkpoint remembers of it."""
@@ -113,8 +108,8 @@ class Ledger:
       self._window = [0.0, 0.0]
       used = {'tokens': self._tokens, 'seconds': self._seconds, 'tokens_per_second': speed, 'mfu': mfu}
       self._log.write(step, 'train', {**values, **used})
-      self._bar.set_postfix_str(f'loss {values["loss"]:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}')
-    self._bar.update(step - self._bar.n)
+      self._progress.show(f'loss {values["loss"]:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}')
+    self._progress.update(step, values['loss'], self._tokens)
     if bad:
       raise Diverged(f'step {step}: {" and ".join(bad)} not finite; the last good checkpoint is kept')
 

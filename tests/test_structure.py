@@ -21,6 +21,7 @@ FLOORS = [
     'slm_jax.checksum',
     'slm_jax.chips',
     'slm_jax.energy',
+    'slm_jax.progress',
     'slm_jax.revision',
     'slm_jax.vocabulary',
   ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from slm_jax.distill.logits import Distill, SelfDistill
 from slm_jax.ema import Ema
 from slm_jax.evaluate import evaluate, make_measure
 from slm_jax.experiment import InitConfig
+from slm_jax.ledger import Diverged
 from slm_jax.model import decoder
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED
@@ -190,3 +192,29 @@ def test_a_run_on_shakespeare(tmp_path):
   summary = run_json(tmp_path, 'tiny')['summary']
   assert summary['loss'] < 3.2  # a unigram of its characters has 3.3
   assert summary['floor'] is None
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_an_arm_that_ends_above_the_uniform_distribution_has_diverged(tmp_path):
+  """A learning rate of 10: its loss is a number, 1247 say, and was called done."""
+  config = tiny.config(20)
+  config = dataclasses.replace(
+    config, optim=dataclasses.replace(config.optim, learning_rate=10.0, schedule='constant', clip=0.0)
+  )
+  assert train.run(config, tmp_path, 'tiny') == 1
+  record = json.loads((tiny.arm(tmp_path) / 'run.json').read_text())
+  assert record['status'] == 'diverged'
+  assert not (tiny.arm(tmp_path) / 'DONE').exists()
+  if 'not finite' not in record['error']:
+    assert 'above the 5.951 nats a token of the uniform distribution' in record['error']
+
+
+def test_uniform_is_the_limit_of_what_was_trained_only():
+  config = tiny.config(20)
+  uniform = math.log(config.model.vocab_size)
+  train.check_converged(config, {'loss': uniform - 1e-6})
+  with pytest.raises(Diverged, match=r'ends at a loss of 6\.951, above the 5\.951 nats'):
+    train.check_converged(config, {'loss': uniform + 1})
+  train.check_converged(tiny.config(0), {'loss': 18.0})

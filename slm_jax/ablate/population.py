@@ -59,7 +59,8 @@ class Member:
     self.log = metrics.MetricLog(self.folder / 'metrics.jsonl', step, sinks, logging.warning)
     files.callback(self.log.close)
     starting = time.perf_counter() - self.job.began
-    books = Ledger(self.log, self.config, self.job.flops, step, remembered, self._share, starting)
+    shown = round(1 / self._share) if self.at == (0, 0) else 0
+    books = Ledger(self.log, self.config, self.job.flops, step, remembered, self._share, starting, shown)
     self.ledger = files.enter_context(books)
 
   def add(self, step: int, measured: Mapping[str, Any]) -> None:

@@ -369,3 +369,42 @@ def test_report_command_refuses_in_one_line(argv, capsys):
   error = capsys.readouterr().err
   assert error.startswith('error: ')
   assert error.count('\n') == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- remarks
+
+FILE = '''"""Which?"""
+
+from slm_jax.experiment import Config
+
+
+def config():
+  return Config()
+
+
+def {name}():
+  yield {{'name': 'a'}}
+
+
+def research():
+  return 1
+
+
+ONCE = research()
+'''
+
+
+@pytest.mark.parametrize(
+  'name, told',
+  [('sweepp', 'sweep'), ('swep', 'sweep'), ('reports', 'report'), ('sweep', ''), ('sweep_lr', ''), ('helper', '')],
+)
+def test_a_misspelt_function_is_remarked_on(start, tmp_path, monkeypatch, name, told):
+  import importlib.util
+
+  (tmp_path / 'mine.py').write_text(FILE.format(name=name))
+  spec = importlib.util.spec_from_file_location('mine', tmp_path / 'mine.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  _, out, _ = start(module, '--dry_run')
+  assert (f'warning: {name}() is never called; did you mean {told}()?' in out) == bool(told)
+  assert 'research' not in out

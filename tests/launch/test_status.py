@@ -306,7 +306,7 @@ def test_the_command(store, capsys):
   assert out.endswith('4 arms: 1 failed, 2 blocked, 1 missing; 0% of all steps\n')
 
 
-@pytest.mark.parametrize('argv', [[], ['a', 'b'], ['--wach'], ['nowhere'], ['STORE', '--watch']])
+@pytest.mark.parametrize('argv', [[], ['a', 'b'], ['--wach'], ['nowhere']])
 def test_refusals_are_one_line(store, argv, capsys):
   assert status.main([str(store[0]) if word == 'STORE' else word for word in argv]) == 1
   error = capsys.readouterr().err
@@ -360,6 +360,27 @@ def test_watch_redraws_until_all_has_ended(store, watch):
   while '1 failed, 2 blocked, 1 done' not in text:
     text += os.read(main, 4096).decode()
   assert process.wait(timeout=60) == 0
+
+
+def test_watch_without_a_terminal_prints_lines_until_all_has_ended(store, monkeypatch, capsys):
+  path, folders = store
+  monkeypatch.setattr(status, 'PERIOD', 0.0)
+  reads = []
+
+  def read(workdir, read=status.read):
+    if reads:
+      for name in ('alone', 'teacher'):
+        write(folders[name], 'done' if name == 'alone' else 'failed', summary=summary(1.5))
+      (folders['alone'] / 'DONE').touch()
+    reads.append(workdir)
+    return read(workdir)
+
+  monkeypatch.setattr(status, 'read', read)
+  assert status.main([str(path), '--watch']) == 0
+  out = capsys.readouterr().out
+  before, after = out.index('2 blocked, 2 missing'), out.index('1 failed, 2 blocked, 1 done')
+  assert before < after
+  assert '\x1b' not in out, 'nothing is redrawn'
 
 
 def test_watch_ends_by_ctrl_c(watch):
