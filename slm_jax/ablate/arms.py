@@ -67,7 +67,7 @@ def expand(
 
   sweep_name, seeds, limit: see `changes_of`. cli_overrides change the base, before a sweep that asks for it sees it.
   trials: overrides of more arms, those of a search; with them, the base is an arm only if a sweep has it.
-  fingerprint: content hash of a data section; `slm_jax.data.sources.fingerprint` unless given.
+  fingerprint: content hash of a data section; `slm_jax.data.sources.content_of` unless given.
   Raises ConfigError if any arm is impossible: none is returned unless all are sound.
   """
   base = base_of(module, cli_overrides)
@@ -168,7 +168,7 @@ def _content_of(fingerprint: 'Callable[[DataConfig], str] | None') -> 'Callable[
   if fingerprint is None:
     from slm_jax.data import sources  # heavier than the rest, and not needed to refuse a wrong sweep
 
-    fingerprint = sources.fingerprint
+    fingerprint = sources.content_of
   cached = functools.cache(fingerprint)
   return lambda data: cached(dataclasses.replace(data, seed=0, content=''))  # the order of batches is not content
 
