@@ -17,7 +17,7 @@ from absl import flags
 from launch import budgets, search, worker
 from launch.engines import ENGINES, Engine, engine
 from launch.plan import Plan, experiment_name, units
-from slm_jax import distributed
+from slm_jax import distributed, notices
 from slm_jax.ablate import report, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
@@ -52,6 +52,7 @@ def main(
 def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None = None) -> int:
   """The exit code: 0 if all arms are done (or there was only something to show), 1, or 42 to be started again."""
   # ---- what is asked for
+  notices.begin()
   overrides, rest = split_overrides(argv)
   options = parse(rest, experiment_name(module))
   if options.profile:

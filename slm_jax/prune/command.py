@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags, logging
 
-from slm_jax import commands, losses
+from slm_jax import commands, losses, notices
 from slm_jax.config import ConfigError, check, from_dict, require
 from slm_jax.data import tokenizer
 from slm_jax.data.config import DataConfig
@@ -117,6 +117,7 @@ def same_tokens(dataset: Dataset, folder: Path) -> Dataset:
   from slm_jax.checkpoint import load_tokenizer  # from a floor above
 
   dataset.tokenizer.check_same(load_tokenizer(folder, dataset.tokenizer), f'--model={folder}', dataset.texts())
+  notices.show(dataset.notices)
   return dataset
 
 
