@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from launch import budgets, search, worker
+from launch import budgets, search, unused, worker
 from launch.engines import ENGINES, Engine, engine
 from launch.plan import Plan, experiment_name, units
 from slm_jax import distributed, notices
@@ -24,6 +24,7 @@ from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
+from slm_jax.ablate.unused import remarks as without_effect
 from slm_jax.config import ConfigError, flatten, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
@@ -79,11 +80,14 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   plan = Plan(module, workdir, chosen.arms, which(options, overrides), baseline(module, chosen.arms), everyone)
   chosen_engine.check(plan, options)
   budgets.check(options)
+  unused.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
   for line in remarks(plan, everyone, chosen.along, overrides):
     print(line)
+  if not arms:
+    budgets.check_price(plan, options)
 
   # ---- do it
   if options.dry_run:
@@ -361,6 +365,7 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
     lengths = f'train.steps={short[0].config.train.steps}, optim.warmup={short[0].config.optim.warmup}'
     also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
     lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
+  lines += without_effect(everyone)[:FEW]
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax.ablate import sweep as sweeps
+from slm_jax.ablate import unused
 from slm_jax.ablate.sweep import SEEDS, Changes
 from slm_jax.config import (
   ConfigError,
@@ -75,6 +76,7 @@ def expand(
   changes = [*changes, *trials]
   content = _content_of(fingerprint)
   configs = [_resolve(base, change, content) for change in changes]
+  unused.check(base_config(module), configs, changes[: len(changes) - len(trials)])
   names = label(configs, changes)
   return _arms(base, configs, names, link(configs, names, changes))
 
@@ -156,6 +158,8 @@ def wants_base(function: Callable[..., Any], already: int = 0) -> bool:
 def _resolve(base: 'Config', change: Changes, content: 'Callable[[DataConfig], str]') -> 'Config':
   try:
     config = check(override(base, change))
+    given = config.data.content
+    require(not given, f"config.data.content={given!r}: is computed of what the sources hold; allowed: ''")
     data = dataclasses.replace(config.data, content=content(config.data))
     transforms = tuple(part.resolved(f'config.transforms.{part.kind}') for part in config.transforms)
     return dataclasses.replace(config, data=data, transforms=transforms)

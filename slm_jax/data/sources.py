@@ -33,14 +33,13 @@ import numpy as np
 
 from slm_jax.config import ConfigError, require, to_install
 from slm_jax.data import addition, paths, records, stories
-from slm_jax.data.config import DataConfig
+from slm_jax.data.config import EMBEDDED, DataConfig
 from slm_jax.data.records import Document, Report
 from slm_jax.files import expanded
 
 Role = Literal['both', 'train', 'valid']  # for what a source is used
 Split = Literal['train', 'valid']
 SPLITS: tuple[Split, ...] = ('train', 'valid')
-EMBEDDED = ('stories', 'addition', 'python_stdlib')
 
 
 class Source(NamedTuple):

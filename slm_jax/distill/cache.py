@@ -53,6 +53,8 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
   require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
+  sampled = ('method', 'sampled')
+  commands.require_effect(options, {'k': ('method', 'top_k'), 'draws': sampled, 'seed': sampled})
   workdir = expanded(options.workdir)
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_jax import losses
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch
 from slm_jax.data.dataset import Dataset
@@ -55,6 +55,8 @@ class CrossDistill(TransformConfig):
   temperature: float = setting(100.0, traced=True)  # tau of alm; at 1, chunks of several tokens say next to nothing
   length: int = 0  # tokens of the teacher that a sequence may take; 0: as many as data.seq_len
   precision: Precision = 'own'  # of the teacher's parameters in memory
+
+  needs: ClassVar[Needs] = {'temperature': (lambda its: its.divergence == 'alm', 'divergence=alm')}
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')

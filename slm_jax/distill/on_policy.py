@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.distill import rollouts
 from slm_jax.distill.logits import Distill, SelfDistill, TokenLoss
 from slm_jax.losses import Term
@@ -49,6 +49,8 @@ class OnPolicy(TransformConfig):
   buffer: int = 0  # rollouts that are kept for later steps, the newest
   replay: float = setting(0.5, traced=True)  # with a buffer: probability that a step writes none and reads it
   cold_start: bool = False  # start without a trained model (`init.arm`), whose rollouts are noise
+
+  needs: ClassVar[Needs] = {'replay': (lambda its: its.buffer, 'a buffer')}
 
   def check(self, key: str) -> None:
     for name in ('fraction', 'replay'):

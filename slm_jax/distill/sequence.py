@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from slm_jax import distributed, sharding
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.data import batches, folder, packing, sources, store
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.packing import Piece
@@ -47,6 +47,8 @@ class SequenceDistill(TransformConfig):
   top_p: float = 1.0  # of its draws
   share: float = 0.5  # of the training sequences that it wrote; the others are the arm's own
   seed: int = 0  # of its draws
+
+  needs: ClassVar[Needs] = dict.fromkeys(('top_p', 'seed'), (lambda its: its.temperature, 'a temperature above 0'))
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm that writes')

@@ -66,6 +66,7 @@ def made(options: flags.FlagValues) -> str:
   require(options.batch > 0, f'--batch={options.batch}: must be positive')
   require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
   require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
+  commands.require_effect(options, {'batch': ('cost', 'latency'), 'seed': ('by', 'random')})
   given = expanded(options.model)
   folder = given if (given / 'model.json').exists() else given / 'model'
   config, params, _ = load_model(folder)

@@ -278,6 +278,29 @@ def test_the_content_hash_sees_content_and_not_paths(tmp_path):
   assert hashed(tmp_path / 'a') != before
 
 
+def test_the_first_record_of_every_split_and_file_is_tried(tmp_path):
+  good, bad = lines('one', 'two'), json.dumps({'body': 'x'}) + '\n'
+
+  def tried(**options) -> str:
+    config = DataConfig(sources=(str(tmp_path / 'd'),), **options)
+    assert sources.content_of(config) == sources.fingerprint(config)
+    return sources.content_of(config)
+
+  write(tmp_path / 'd/train.jsonl', good)
+  write(tmp_path / 'd/valid.jsonl', good + bad)
+  tried()  # the second record of a file is not looked at
+  for name in ('valid1.jsonl', 'train2.jsonl'):
+    path = write(tmp_path / 'd' / name, bad)
+    with pytest.raises(ConfigError, match=f"{name}:1: no field 'text'; there is: 'body'"):
+      tried()
+    tried(errors='skip')
+    path.unlink()
+  path = write(tmp_path / 'd/train3.txt.gz', 'packed' * 100)
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ConfigError, match='train3.txt.gz: cannot be read'):
+    tried()
+
+
 @needs_data
 def test_the_content_hash_of_50_megabytes_is_quick():
   start = time.process_time()
