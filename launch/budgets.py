@@ -48,6 +48,14 @@ def check(options: flags.FlagValues) -> None:
   require(not (name and options.measure), f'--measure: takes steps on this machine; --device={name} is another')
 
 
+def check_price(plan: Plan, options: flags.FlagValues) -> None:
+  """ConfigError if dollars are limited and nobody knows what they are paid for. Needs devices, if none are named."""
+  if options.max_cost is not None:
+    from slm_jax.ablate import cost  # with jax
+
+    budget.require_price(plan.arms, cost.device(options.device, options.devices).kind)
+
+
 def assume(options: flags.FlagValues, chip: str, count: int) -> None:
   """What an engine's flags say of the device, where the user has not said it."""
   chip = {'a100': 'a100-40gb'}.get(chip.lower(), chip.lower())
@@ -120,8 +128,6 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
   from slm_jax.ablate import cost  # with jax
 
   on, paces = predicting(plan, options)
-  if limits(options).dollars < math.inf:
-    budget.require_price(plan.arms, on.kind)
   sweep = plan.everyone
   costs = cost.predict(sweep, on, paces)
   spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}

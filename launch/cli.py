@@ -16,18 +16,19 @@ from typing import NoReturn
 
 from absl import flags
 
-from launch import budgets, search, worker
+from launch import budgets, search, unused, worker
 from launch.engines import Engine, engine
 from launch.existing import adopt_recorded, rerun_outdated
 from launch.options import PREFIX, help_text, parse, split_overrides
 from launch.plan import Plan, experiment_name, units
-from slm_jax import distributed
+from slm_jax import distributed, notices
 from slm_jax.ablate import claims, report, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, expand
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
+from slm_jax.ablate.unused import remarks as without_effect
 from slm_jax.config import ConfigError, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
@@ -57,6 +58,7 @@ def main(
 def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None = None) -> int:
   """The exit code: 0 if all arms are done (or there was only something to show), 1, or 42 to be started again."""
   # ---- what is asked for
+  notices.begin()
   overrides, rest = split_overrides(argv)
   options = parse(rest, experiment_name(module))
   if options.profile:
@@ -88,12 +90,15 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   )
   chosen_engine.check(plan, options)
   budgets.check(options)
+  unused.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
   for line in remarks(plan, everyone, chosen.along, overrides):
     print(line)
-  plan = rerun_outdated(plan, options) if not arms else plan
+  if not arms:
+    budgets.check_price(plan, options)
+    plan = rerun_outdated(plan, options)
 
   # ---- do it
   if options.dry_run:
@@ -288,6 +293,7 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
     also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
     lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
   lines += misspelt(plan.module)
+  lines += without_effect(everyone)[:FEW]
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')

@@ -42,7 +42,7 @@ def arms(
   from slm_jax.data import sources  # heavier than the rest
 
   check(options)
-  workdir, fingerprint = expanded(options.workdir), functools.cache(sources.fingerprint)
+  workdir, fingerprint = expanded(options.workdir), functools.cache(sources.content_of)
   limit = math.inf if options.yes else MANY
   found: dict[str, Arm] = {}
 

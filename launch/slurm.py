@@ -27,6 +27,7 @@ from absl import flags, logging
 from launch import budgets, cloud
 from launch.cloud import Call
 from launch.plan import Plan, Unit, unit_name
+from slm_jax import notices
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
 from slm_jax.files import read_object, write_json, write_text
@@ -142,14 +143,16 @@ def ready(plan: Plan, options: flags.FlagValues) -> None:
 
 
 def check_data(plan: Plan) -> None:
-  """ConfigError if the data cannot serve an arm; then the workdir is as it was. Tokenises what is not yet."""
+  """ConfigError if the data cannot serve an arm; then the workdir is as it was. Tokenises, and prints notices."""
   from slm_jax.data.dataset import open_data  # heavy
 
   missing = (arm.config for arm in plan.arms if not plan.is_done(arm.arm_id))
   wanted = dict.fromkeys((dataclasses.replace(its.data, seed=0), its.model.vocab_size) for its in missing)
   try:
     for data, vocab_size in wanted:
-      open_data(data, plan.workdir / 'data', logging.info).tokenizer.check_vocabulary(vocab_size)
+      dataset = open_data(data, plan.workdir / 'data', logging.info)
+      dataset.tokenizer.check_vocabulary(vocab_size)
+      notices.show(dataset.notices)
   except ConfigError:
     for path in (plan.workdir / 'data', plan.workdir):
       with contextlib.suppress(OSError):  # not empty

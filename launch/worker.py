@@ -103,11 +103,11 @@ def _admitted(group: list[Arm], admit: Callable[[Arm], str]) -> tuple[list[Arm],
 
 
 def preflight(arms: Sequence[Arm], workdir: Path) -> None:
-  """ConfigError if the data or the devices cannot serve an arm; then `workdir` is as it was.
+  """ConfigError if the data or the devices cannot serve an arm; then `workdir` is as it was. Prints notices.
 
   Tokenises what is not tokenised yet: a text that cannot be read shows before the first arm starts, not after hours.
   """
-  from slm_jax import perf, train
+  from slm_jax import notices, perf, train
 
   perf.keep_freed_memory()  # this is the first to use the devices
   seen = set()
@@ -117,7 +117,8 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
         data = dataclasses.replace(config.data, seed=0)
         key = (data, config.model.vocab_size, config.run, config.train.accumulate)
         if key not in seen:
-          train.inputs(config, workdir)
+          dataset, _ = train.inputs(config, workdir)
+          notices.show(dataset.notices)
         seen.add(key)
   except ConfigError:
     for folder in (workdir / 'data', workdir):  # what a failed attempt may leave

@@ -1,7 +1,7 @@
 """Commands that a module has beside its functions: `python -m slm_jax.x.y --flag=VALUE`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
@@ -33,3 +33,11 @@ def run(
   except (ConfigError, flags.Error) as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     return 1
+
+
+def require_effect(options: flags.FlagValues, needs: Mapping[str, tuple[str, str]]) -> None:
+  """ConfigError for a flag that was given, and that counts only where another one has a certain value."""
+  for name, (other, value) in needs.items():
+    flag = options[name]
+    idle = flag.present and flag.value != flag.default and options[other].value != value
+    require(not idle, f'--{name}={flag.value}: has no effect without --{other}={value}')

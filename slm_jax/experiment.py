@@ -5,10 +5,10 @@ Each section stands beside the code that reads it; this module only puts them to
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from slm_jax import chips
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.data.config import DataConfig
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
@@ -44,6 +44,10 @@ class EvalConfig:
   temperature: float = 1.0
   prompt: str = ''
 
+  needs: ClassVar[Needs] = dict.fromkeys(
+    ('sample_tokens', 'temperature', 'prompt'), (lambda its: its.samples, 'samples')
+  )
+
   def check(self, key: str) -> None:
     require(self.every > 0, f'{key}.every={self.every}: must be positive')
     for name in ('sequences', 'samples', 'sample_tokens', 'temperature'):
@@ -62,6 +66,8 @@ class InitConfig:
   layers: tuple[int, ...] = ()  # that stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart
   sparse: OneShot = OneShot()
   sequences: int = 128  # of calibration text, at least: for what `by` and `sparse` read of it
+
+  needs: ClassVar[Needs] = dict.fromkeys(('by', 'layers', 'sequences'), (lambda its: its.arm, 'init.arm'))
 
   def check(self, key: str) -> None:
     require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')

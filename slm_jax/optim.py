@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,12 @@ class OptimConfig:
   b2: float = 0.95  # and muon's momentum
   eps: float = 1e-8
   clip: float = setting(1.0, traced=True)  # largest global norm of a gradient; 0: no clipping
+
+  needs: ClassVar[Needs] = {
+    'decay': (lambda its: its.schedule == 'wsd', 'schedule=wsd'),
+    'final': (lambda its: its.schedule != 'constant', 'a schedule that falls, such as cosine'),
+    **dict.fromkeys(('b1', 'b2', 'eps'), (lambda its: its.name != 'adafactor', 'name=adamw or muon')),
+  }
 
   def check(self, key: str) -> None:
     require(self.learning_rate > 0, f'{key}.learning_rate={self.learning_rate}: must be positive')

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ class Record:
         write_json(folder / 'config.json', to_dict(config))
         write_json(folder / 'run.json', {**self._known, 'status': 'running'})
         write_text(folder / ROOM, ' ' * 2**15)
+
+  def note(self, notices: Sequence[str]) -> None:
+    """Keeps what changes what the model reads, for the report."""
+    self._known['notices'] = list(notices)
+    if distributed.is_main():
+      write_json(self._folder / 'run.json', {**self._known, 'status': 'running'})
 
   def done(self, summary: Mapping[str, Any]) -> int:
     self._write('done', summary=summary)

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from slm_jax import config as configs
-from slm_jax import distributed, energy, evaluate, metrics, observe, perf, sharding
+from slm_jax import distributed, energy, evaluate, metrics, notices, observe, perf, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
@@ -88,6 +88,8 @@ def run(config: Config, workdir: Path, arm_id: str, code: Mapping[str, str] = {}
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():  # nothing to lose yet
         job = prepare(config, workdir, folder)
+        notices.show(job.dataset.notices)
+        record.note(job.dataset.notices)
       parents = cost_of_parents(job, workdir)
       summary = train(job, stop, arm_id)
       check_converged(config, summary)

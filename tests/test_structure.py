@@ -17,6 +17,7 @@ FLOORS = [
     'slm_jax.files',
     'slm_jax.preempt',
     'slm_jax.distributed',
+    'slm_jax.notices',
     'slm_jax.perf',
     'slm_jax.checksum',
     'slm_jax.chips',

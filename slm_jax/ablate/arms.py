@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax.ablate import sweep as sweeps
+from slm_jax.ablate import unused
 from slm_jax.ablate.sweep import SEEDS, Changes
 from slm_jax.config import (
   ConfigError,
@@ -68,7 +69,7 @@ def expand(
 
   sweep_name, seeds, limit: see `changes_of`. cli_overrides change the base, before a sweep that asks for it sees it.
   trials: overrides of more arms, those of a search; with them, the base is an arm only if a sweep has it.
-  fingerprint: content hash of a data section; `slm_jax.data.sources.fingerprint` unless given.
+  fingerprint: content hash of a data section; `slm_jax.data.sources.content_of` unless given.
   Raises ConfigError if any arm is impossible: none is returned unless all are sound.
   """
   base = base_of(module, cli_overrides)
@@ -76,6 +77,7 @@ def expand(
   changes = [*changes, *trials]
   content = _content_of(fingerprint)
   configs = [_resolve(base, change, content) for change in changes]
+  unused.check(base_config(module), configs, changes[: len(changes) - len(trials)])
   names = label(configs, changes)
   return _arms(base, configs, names, link(configs, names, changes))
 
@@ -157,6 +159,8 @@ def wants_base(function: Callable[..., Any], already: int = 0) -> bool:
 def _resolve(base: 'Config', change: Changes, content: 'Callable[[DataConfig], str]') -> 'Config':
   try:
     config = check(override(base, change))
+    given = config.data.content
+    require(not given, f"config.data.content={given!r}: is computed of what the sources hold; allowed: ''")
     data = dataclasses.replace(config.data, content=content(config.data))
     transforms = tuple(part.resolved(f'config.transforms.{part.kind}') for part in config.transforms)
     return dataclasses.replace(config, data=data, transforms=transforms)
@@ -169,7 +173,7 @@ def _content_of(fingerprint: 'Callable[[DataConfig], str] | None') -> 'Callable[
   if fingerprint is None:
     from slm_jax.data import sources  # heavier than the rest, and not needed to refuse a wrong sweep
 
-    fingerprint = sources.fingerprint
+    fingerprint = sources.content_of
   cached = functools.cache(fingerprint)
   return lambda data: cached(dataclasses.replace(data, seed=0, content=''))  # the order of batches is not content
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from slm_jax import evaluate, metrics, perf
+from slm_jax import evaluate, metrics, notices, perf
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.program import Program, compile_program, memory_limit
 from slm_jax.checkpoint import Checkpoints, saved
@@ -49,6 +49,7 @@ class Member:
 
   def open(self, job: Job, workdir: Path, files: contextlib.ExitStack) -> None:
     self.job = job._replace(config=self.config, folder=self.folder)
+    self._record.note(job.dataset.notices)
     self._parents = cost_of_parents(self.job, workdir)
     self.checkpoints = files.enter_context(
       Checkpoints(self.folder / 'checkpoints', self.config.run.keep, logging.warning)
@@ -177,6 +178,7 @@ def run_part(arms: Mapping[str, Config], workdir: Path, code: Mapping[str, str] 
       with stop.at_once():  # nothing to lose yet
         side_by_side = jax.default_backend() != 'cpu'
         job = prepare(members[0].config, workdir, workdir, mapped=side_by_side)
+        notices.show(job.dataset.notices)
         for member in members:
           member.open(job, workdir, files)
         batch = batches_of(job, seeds, workdir)

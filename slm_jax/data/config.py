@@ -1,9 +1,11 @@
 """DataConfig: which text, cut into which tokens, packed how."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
+
+EMBEDDED = ('stories', 'addition', 'python_stdlib')  # sources that are no files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,19 @@ class DataConfig:
   prompt_end: str = ''
   batch_size: int = 32  # sequences in a global batch
   seed: int = 0  # order of the batches
+
+  needs: ClassVar[Needs] = {
+    'vocab_size': (
+      lambda its: its.tokenizer == 'sentencepiece' and not its.tokenizer_file,
+      'a tokenizer that is trained here: tokenizer=sentencepiece, and no tokenizer_file',
+    ),
+    'text_field': (lambda its: {*its.sources, *its.valid_sources}.difference(EMBEDDED), 'a source of records'),
+    'weights': (lambda its: len(its.sources) > 1, 'a second source'),
+    'valid_fraction': (
+      lambda its: not its.valid_sources,
+      'a source that holds out its own last part: no valid_sources',
+    ),
+  }
 
   def check(self, key: str) -> None:
     require(len(self.sources) > 0, f'{key}.sources=(): name at least one source')

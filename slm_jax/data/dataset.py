@@ -1,5 +1,6 @@
 """The way of the data: sources -> tokenizer -> token stores -> batches."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from slm_jax.data import batches, folder, sources, tokenizer
 from slm_jax.data.batches import HostBatch, Join, Prefetch
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Report
-from slm_jax.data.sources import Source
+from slm_jax.data.sources import HeldOut, Source
 from slm_jax.data.store import Store, open_store
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.files import expanded
@@ -31,6 +32,7 @@ class Dataset(NamedTuple):
   joins: tuple[Join, ...] = ()  # what a training batch has beside its text
   valid_joins: tuple[Join, ...] = ()  # and one of the valid split
   flops: float = 0.0  # that it took to make that
+  notices: tuple[str, ...] = ()  # what changes what is read: one sentence each, the same at every opening
 
   def batch(self, step: int) -> HostBatch:
     """This host's rows of the batch that `step` (0, 1, ...) is taken on; a pure function of (config.seed, step)."""
@@ -96,8 +98,9 @@ def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host:
     config.content in ('', content),
     f'data.content={config.content!r}: the files now hold {content!r}; they changed since the experiment was launched',
   )
-  its_tokenizer = _tokenizer(config, found, cache, log)
-  stores = tuple(open_store(source, config, its_tokenizer, cache, log) for source in found)
+  held_out = HeldOut(found, config)
+  its_tokenizer, rebuilt = _tokenizer(config, found, held_out, cache, log)
+  stores = tuple(open_store(source, config, its_tokenizer, cache, log, held_out) for source in found)
   train = [store.records('train') for store in stores if 'train' in store.manifest['splits']]
   valid = [grain.MapDataset.source(s.records('valid')) for s in stores if 'valid' in s.manifest['splits']]
   return Dataset(
@@ -108,25 +111,32 @@ def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host:
     grain.MapDataset.concatenate(valid),
     host,
     hosts,
+    notices=tuple(dict.fromkeys(itertools.chain(rebuilt, *(s.notices for s in found), *(s.notices for s in stores)))),
   )
 
 
-def _tokenizer(config: DataConfig, found: list[Source], cache: Path, log: Callable[[str], None]) -> Tokenizer:
-  """The configuration's tokenizer; a SentencePiece without a file is trained, once, on the sources' training splits."""
+def _tokenizer(
+  config: DataConfig, found: list[Source], held_out: HeldOut, cache: Path, log: Callable[[str], None]
+) -> tuple[Tokenizer, list[str]]:
+  """The configuration's tokenizer, and notices of it.
+
+  A SentencePiece without a file is trained, once, on the sources' training splits.
+  """
   if config.tokenizer == 'bytes':
-    return tokenizer.Bytes()
+    return tokenizer.Bytes(), []
   if config.tokenizer_file:
-    return tokenizer.load(expanded(config.tokenizer_file))
+    return tokenizer.load(expanded(config.tokenizer_file)), []
   training = [source for source in found if source.role != 'valid']
   key = [
     [(source.role, source.fingerprint) for source in training],
+    held_out.fingerprint,
     [getattr(config, name) for name in ('vocab_size', 'errors', 'text_field', 'documents', 'valid_fraction')],
     [tokenizer.SETTINGS, tokenizer.SAMPLE_BYTES],
   ]
 
   def texts() -> Iterator[str]:
     for source in training:
-      for split, document in sources.documents(source, config, Report(config.errors)):
+      for split, document in sources.documents(source, config, Report(config.errors), held_out):
         if split == 'valid':
           break
         yield document.text
@@ -137,5 +147,6 @@ def _tokenizer(config: DataConfig, found: list[Source], cache: Path, log: Callab
     return {'fingerprint': model.fingerprint}
 
   path = cache / f'tokenizer-{sources.digest(key)}'
-  folder.open_or_build(path, build, log)
-  return tokenizer.load(path / 'tokenizer.model')
+  fault = folder.rebuilt(folder.open_or_build(path, build, log))
+  rebuilt = [f'{path} was damaged ({fault}), and the tokenizer was trained again'] if fault else []
+  return tokenizer.load(path / 'tokenizer.model'), rebuilt

@@ -26,13 +26,16 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Ca
 
   build: writes files into the folder that it is given; what it returns (JSON) goes into the manifest. Files that no
     manifest entry stands for are not looked at.
+  The manifest of a folder that was damaged, and is built again, says so (`rebuilt`).
   ConfigError if the disk is full; then nothing of the attempt is left.
   """
   fault = damage(folder)
   if fault is None:
     return manifest(folder)
+  again = {}
   if folder.exists():
     log(f'{folder}: {fault}; it is built again')
+    again = {'rebuilt': fault}
   _sweep(folder)
   temporary = folder.with_name(f'.{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}')
   try:
@@ -40,7 +43,7 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Ca
       temporary.mkdir(parents=True)
       facts = build(temporary)
       files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-      write_json(temporary / MANIFEST, {**facts, 'files': files})
+      write_json(temporary / MANIFEST, {**facts, **again, 'files': files})
       _sync(temporary)
       _install(temporary, folder)
   finally:
@@ -50,6 +53,11 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Ca
 
 def manifest(folder: Path) -> dict[str, Any]:
   return json.loads((folder / MANIFEST).read_text())
+
+
+def rebuilt(manifest: dict[str, Any]) -> str:
+  """What was wrong with the folder that this one replaced; '' if it replaced none."""
+  return manifest.get('rebuilt', '')
 
 
 def damage(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from slm_jax.config import require
 
-PROMPT = 1 << 15  # in a segment id: the token belongs to the document's prompt
+PROMPT = 1 << 30  # in a segment id: the token belongs to the document's prompt; ids of documents stay below it
 OPEN = 64  # records that wait for a document that fills them
 
 
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 class Record(NamedTuple):
   tokens: np.ndarray  # [L + 1]
-  segments: np.ndarray  # [L + 1] uint16, with flags
+  segments: np.ndarray  # [L + 1] uint32, with flags: a record of many short documents needs more than 16 bits
   nats: float | None
 
 
@@ -68,7 +68,8 @@ def whole(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
       n = len(piece.tokens)
       room = [i for i, (used, _) in enumerate(waiting) if used + n <= length + 1]
       used, pieces = waiting.pop(max(room, key=lambda i: waiting[i][0])) if room else (0, [])
-      waiting.append((used + n, [*pieces, piece]))
+      pieces.append(piece)
+      waiting.append((used + n, pieces))
       if used + n == length + 1 or len(waiting) > OPEN:
         fullest = max(range(len(waiting)), key=lambda i: waiting[i][0])
         yield _record(waiting.pop(fullest)[1], length, pad)
@@ -97,7 +98,7 @@ def _cut(document: Piece, length: int) -> Iterator[Piece]:
 
 def _record(pieces: list[Piece], length: int, pad: int) -> Record:
   tokens = np.full(length + 1, pad, np.uint32)
-  segments = np.zeros(length + 1, np.uint16)
+  segments = np.zeros(length + 1, np.uint32)
   at = 0
   for segment, piece in enumerate(pieces, 1):
     tokens[at : at + len(piece.tokens)] = piece.tokens

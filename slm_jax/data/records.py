@@ -3,16 +3,16 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slm_jax.config import ConfigError
 
-# a file is a document
-TEXT = frozenset({'.txt', '.text', '.md', '.rst', '.tex', '.yaml', '.toml'}) | {
-  *('.py', '.c', '.h', '.cc', '.cpp', '.cu', '.java', '.js', '.ts', '.go', '.rs', '.rb', '.sh', '.sql')
-}
+PROGRAM = frozenset(
+  ('.py', '.c', '.h', '.cc', '.cpp', '.cu', '.java', '.js', '.ts', '.go', '.rs', '.rb', '.sh', '.sql')
+)
+TEXT = frozenset({'.txt', '.text', '.md', '.rst', '.tex', '.yaml', '.toml'}) | PROGRAM  # a file is a document
 LINES = frozenset({'.jsonl', '.json', '.ndjson'})  # a line is a record
 TABLE = frozenset({'.parquet'})  # a row is a record
 LISTED = 1000  # places of bad input that are kept; all are counted
@@ -30,7 +30,9 @@ class Report:
     self.errors = errors
     self.count = 0
     self.places: list[str] = []  # 'file:line: what', the first LISTED
-    self.left_out: dict[str, None] = {}  # files that hold no text, or none that we can read; each once, in order
+    self.empty: dict[str, None] = {}  # files that hold no text; each once, in order
+    self.crossed = 0  # training documents that were dropped because their texts are held out
+    self.crossing: dict[str, None] = {}  # how they begin, the first LISTED
 
   def skip(self, where: str, what: str) -> None:
     """A record that cannot be used; there is nothing to replace it with."""
@@ -49,18 +51,34 @@ class Report:
     self._note(where, what)
     return data.decode(errors='replace') if self.errors == 'replace' else None
 
+  def cross(self, text: str) -> None:
+    """Counts a training document that is dropped because its text stands in a valid split."""
+    self.crossed += 1
+    if len(self.crossing) < LISTED:
+      self.crossing[repr(text[:40])] = None
+
   def _note(self, where: str, what: str) -> None:
     self.count += 1
     if len(self.places) < LISTED:
       self.places.append(f'{where}: {what}')
 
 
+def listed(places: Sequence[str], count: int) -> str:
+  """The first places of so many, for a message."""
+  return '; '.join(places[:3]) + '; ...' * (count > 3)
+
+
 def kind(path: Path) -> str:
   """'text', 'lines', 'table', or '' for a file that is not read."""
-  suffix = Path(path.stem if path.suffix == '.gz' else path.name).suffix.lower()
+  suffix = suffix_of(path)
   if suffix in TABLE and path.suffix != '.gz':
     return 'table'
   return 'text' if suffix in TEXT else 'lines' if suffix in LINES else ''
+
+
+def suffix_of(path: Path) -> str:
+  """The suffix that says what a file holds, in lower case: that before '.gz'."""
+  return Path(path.stem if path.suffix == '.gz' else path.name).suffix.lower()
 
 
 def read(path: Path, field: str, report: Report) -> Iterator[Document]:
@@ -80,7 +98,7 @@ def _text(file: Any, path: Path, report: Report) -> Iterator[Document]:
   if text:
     yield Document(text)
   elif text == '':
-    report.left_out[f'{path} (empty)'] = None
+    report.empty[str(path)] = None
 
 
 def _lines(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:

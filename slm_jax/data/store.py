@@ -1,7 +1,7 @@
 """Packed token sequences on disk: an ArrayRecord file a split, written once, keyed by all that matters to its content.
 
 A record is 2 (L + 1) little-endian numbers: the tokens (uint16, or uint32 for a large vocabulary), then the segment ids
-with their flags (uint16). See packing.py for what they mean, and folder.py for how a store is kept whole.
+with their flags (uint32). See packing.py for what they mean, and folder.py for how a store is kept whole.
 """
 
 import collections
@@ -22,14 +22,18 @@ from slm_jax.data import folder, packing, sources
 from slm_jax.data.config import DataConfig
 from slm_jax.data.folder import MANIFEST
 from slm_jax.data.packing import Piece
-from slm_jax.data.records import LISTED, Document, Report
-from slm_jax.data.sources import Source
+from slm_jax.data.records import LISTED, Document, Report, listed
+from slm_jax.data.sources import HeldOut, Source
 from slm_jax.data.tokenizer import Tokenizer
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files; part of the key
 _OPTIONS = 'group_size:1,zstd'  # one record a chunk, for random access
 _PACK = {'split': packing.split, 'whole': packing.whole, 'single': packing.single}
-_SAID = {'bad': 'bad records were skipped or mended', 'left_out': 'files were left out'}
+_SAID = {
+  'empty': 'files are empty',
+  'bad': 'bad records were skipped or mended',
+  'crossing': 'training documents were left out, since the valid split holds the same text',
+}
 
 
 class Records:
@@ -56,10 +60,10 @@ class Records:
     cut = (self.length + 1) * self._token.itemsize
     try:
       tokens = np.frombuffer(data[:cut], self._token)
-      return np.stack([tokens, np.frombuffer(data[cut:], '<u2')]).astype(np.uint32)
+      return np.stack([tokens, np.frombuffer(data[cut:], '<u4')]).astype(np.uint32)
     except ValueError as error:
       raise ConfigError(
-        f'{self.path}: record {index} has {len(data)} bytes, expected {cut + 2 * self.length + 2}'
+        f'{self.path}: record {index} has {len(data)} bytes, expected {cut + 4 * self.length + 4}'
       ) from error
 
 
@@ -75,15 +79,38 @@ class Store(NamedTuple):
     self.manifest['splits'][split]
     return Records(self.path / f'{split}.array_record', self.manifest['key']['seq_len'], self.manifest['wide'])
 
+  @property
+  def notices(self) -> list[str]:
+    """What was not read as it came; the same at every opening."""
+    lines = []
+    for what, said in _SAID.items():
+      found = self.manifest.get(what, {'count': 0})
+      if found['count']:
+        places = listed(found['places'], found['count'])
+        lines.append(f'{self.source}: {found["count"]} {said}: {places}; see {self.path / MANIFEST}')
+    if fault := folder.rebuilt(self.manifest):
+      lines.append(f'{self.source}: {self.path} was damaged ({fault}), and built again')
+    return lines
+
 
 def open_store(
-  source: Source, config: DataConfig, tokenizer: Tokenizer, cache: Path, log: Callable[[str], None]
+  source: Source,
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  cache: Path,
+  log: Callable[[str], None],
+  held_out: HeldOut | None = None,
 ) -> Store:
-  """The source's store in the folder `cache`, built first if it is missing or damaged. Bad input is logged."""
+  """The source's store in the folder `cache`, built first if it is missing or damaged.
+
+  held_out: of all sources of the configuration; if not given, of this one.
+  """
+  held_out = HeldOut([source], config) if held_out is None else held_out
   key = {
     'format': FORMAT,
     'content': source.fingerprint,
     'role': source.role,
+    'held_out': held_out.fingerprint if source.role != 'valid' else '',
     'tokenizer': tokenizer.fingerprint,
     **{
       name: getattr(config, name)
@@ -91,22 +118,19 @@ def open_store(
     },
   }
   path = cache / f'tokens-{sources.digest(key)}'
-  manifest = folder.open_or_build(path, functools.partial(_build, source, config, tokenizer, key), log)
-  for what in ('bad', 'left_out'):
-    count, places = manifest[what]['count'], manifest[what]['places']
-    if count:
-      log(
-        f'{source.name}: {count} {_SAID[what]}: {"; ".join(places[:3])}{"; ..." * (count > 3)}; see {path / MANIFEST}'
-      )
-  return Store(source.name, path, manifest)
+  build = functools.partial(_build, source, config, tokenizer, held_out, key)
+  return Store(source.name, path, folder.open_or_build(path, build, log))
 
 
-def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, key: dict[str, Any], path: Path) -> dict[str, Any]:
+def _build(
+  source: Source, config: DataConfig, tokenizer: Tokenizer, held_out: HeldOut, key: dict[str, Any], path: Path
+) -> dict[str, Any]:
   report = Report(config.errors)
   wide = tokenizer.vocab_size > 1 << 16
+  found = sources.documents(source, config, report, held_out)
   splits = {  # one pass over the source; its splits come one after the other
     split: _write(path / f'{split}.array_record', (document for _, document in pairs), config, tokenizer, wide)
-    for split, pairs in itertools.groupby(sources.documents(source, config, report), key=operator.itemgetter(0))
+    for split, pairs in itertools.groupby(found, key=operator.itemgetter(0))
   }
   return {
     'key': key,
@@ -114,7 +138,8 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, key: dict[s
     'wide': wide,
     'splits': splits,
     'bad': {'count': report.count, 'places': report.places},
-    'left_out': {'count': len(report.left_out), 'places': list(report.left_out)[:LISTED]},
+    'empty': {'count': len(report.empty), 'places': list(report.empty)[:LISTED]},
+    'crossing': {'count': report.crossed, 'places': list(report.crossing)},
     'versions': {name: version(name) for name in ('array_record', 'sentencepiece', 'numpy')},
   }
 
@@ -151,7 +176,7 @@ def write(path: Path, pieces: Iterable[Piece], config: DataConfig, pad: int, wid
   predicted, padding, nats = [], 0, []
   for record in _PACK[config.packing](pieces, config.seq_len, pad):
     padding += int((record.segments == 0).sum())
-    writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u2').tobytes())
+    writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u4').tobytes())
     predicted.append(int(packing.mask(record.segments).sum()))
     nats.append(record.nats)
   writer.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from slm_jax import commands
+from slm_jax import commands, notices
 from slm_jax.config import ConfigError, check, from_dict, override, require
 from slm_jax.data.config import DataConfig
 from slm_jax.data.dataset import open_data
@@ -53,9 +53,12 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
   require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
+  sampled = ('method', 'sampled')
+  commands.require_effect(options, {'k': ('method', 'top_k'), 'draws': sampled, 'seed': sampled})
   workdir = expanded(options.workdir)
   folder = teacher_folder(workdir, options.teacher)
   dataset = open_data(data_of(folder, changes), workdir / 'data', logging.info)
+  notices.show(dataset.notices)
   model_config, params, _ = load_model(folder)
   dataset.tokenizer.check_same(
     load_tokenizer(folder, dataset.tokenizer), f'--teacher={options.teacher}', dataset.texts()

@@ -16,14 +16,14 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from slm_jax import distributed, sharding
-from slm_jax.config import ConfigError, require, setting
+from slm_jax.config import ConfigError, Needs, require, setting
 from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch, Join
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.store import Store
 from slm_jax.distill import capture, records, signals
 from slm_jax.distill.judge import asked_at_the_end
-from slm_jax.distill.logits import Signal, TokenLoss, check_k, check_signal
+from slm_jax.distill.logits import SPARSE, Signal, TokenLoss, check_k, check_signal
 from slm_jax.distill.records import Damaged, Layout, Precision, Told
 from slm_jax.distill.signals import Dense, Sampled, SignalLoss, Tail, TopK
 from slm_jax.distill.teachers import Source
@@ -165,6 +165,8 @@ class CachedDistill(TokenLoss):
   draws: int = 40  # of sampled; at 50, a weak teacher of a large vocabulary takes more than 48 bytes a token
   precision: Precision = 'float16'  # of the log-probabilities
 
+  needs: ClassVar[Needs] = {**TokenLoss.needs, **SPARSE}
+
   def check(self, key: str) -> None:
     super().check(key)
     require(bool(self.teacher or self.cache != AUTO), f'{key}.teacher={self.teacher!r}: name the arm to learn from')
@@ -177,6 +179,7 @@ class CachedDistill(TokenLoss):
     check_k(self, config, key)
 
   def resolved(self, key: str) -> 'CachedDistill':
+    require(not self.content, f"{key}.content={self.content!r}: is computed of what the cache holds; allowed: ''")
     if self.cache == AUTO:
       return self
     return dataclasses.replace(self, content=capture.read_manifest(expanded(self.cache), f'{key}.cache')['identity'])

@@ -19,10 +19,9 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from slm_jax import losses
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.data import batches
 from slm_jax.data.batches import HostBatch
 from slm_jax.data.dataset import Dataset
@@ -57,6 +56,8 @@ class CrossDistill(TransformConfig):
   length: int = 0  # tokens of the teacher that a sequence may take; 0: as many as data.seq_len
   precision: Precision = 'own'  # of the teacher's parameters in memory
 
+  needs: ClassVar[Needs] = {'temperature': (lambda its: its.divergence == 'alm', 'divergence=alm')}
+
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')
     require(0 <= self.weight <= 1, f'{key}.weight={self.weight}: must lie in [0, 1]')
@@ -79,10 +80,11 @@ class CrossDistill(TransformConfig):
       return alignment.entries(self.kind, [alignment.align(each, own, other, length) for each in sequences])
 
     stores = [store for store in dataset.stores if 'train' in store.manifest['splits']]
-    self._look([store.records('train') for store in stores], own, other, length)
-    return dataset._replace(joins=(*dataset.joins, join), valid_joins=(*dataset.valid_joins, join))
+    notices = (*dataset.notices, *self._look([store.records('train') for store in stores], own, other, length))
+    return dataset._replace(joins=(*dataset.joins, join), valid_joins=(*dataset.valid_joins, join), notices=notices)
 
-  def _look(self, sources: Sequence[Any], own: Any, other: Any, length: int) -> None:
+  def _look(self, sources: Sequence[Any], own: Any, other: Any, length: int) -> list[str]:
+    """Tries some sequences. A notice if the teacher sees not all of their text; ConfigError if it sees too little."""
     sample = [sequences[i] for sequences in sources for i in batches.spread(len(sequences), LOOKED_AT)]
     found = [alignment.align(each, own, other, length) for each in sample]
     predicted = sum(float(batches.batch_of([each])['mask'].sum()) for each in sample)
@@ -92,7 +94,7 @@ class CrossDistill(TransformConfig):
     what = f'{covered:.1%} of the tokens lie in a chunk of text, {predicted * covered / max(chunks, 1):.2f} in each'
     needs = f'the teacher has up to {wanted} tokens for a sequence, {length + 1} allowed'
     require(covered >= COVERED, f'{self.kind}.length={self.length}: only {what}; {needs}')
-    logging.info('%s: %s; %s', self.kind, what, needs)
+    return [f'{self.kind}.length={self.length}: {what}; {needs}'] if wanted > length + 1 else []
 
   def stand_in(self, dataset: Dataset, resources: Resources) -> Dataset:
     vocab = resources.tokenizer_of(self.teacher).vocab_size

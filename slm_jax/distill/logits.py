@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax import vocabulary
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
 from slm_jax.distill.judge import judge
@@ -27,9 +27,15 @@ from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Resources, Transform, TransformConfig
 from slm_jax.vocabulary import Logits
 
+MIXED = ('jsd', 'normalized_jsd', 'skew_kl', 'skew_reverse_kl', 'taid')  # divergences that read `mix`
 STAYS = -1.0  # as the value of a number at the end: the same as at the start
 
 Signal = Literal['dense', 'top_k', 'sampled']
+
+SPARSE: Needs = {  # the settings of sparse signals
+  **dict.fromkeys(('k', 'tail'), (lambda its: its.signal == 'top_k', 'signal=top_k')),
+  'draws': (lambda its: its.signal == 'sampled', 'signal=sampled'),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -57,6 +63,8 @@ class TokenLoss(TransformConfig):
   temperature_end: float = setting(STAYS, traced=True)
   # b of the JSDs, a of the skew KLs (0.1 in DistiLLM), t of TAID at the start (0.4 there)
   mix: float = setting(0.5, traced=True)
+
+  needs: ClassVar[Needs] = {'mix': (lambda its: its.divergence in MIXED, f'divergence={", ".join(MIXED)}')}
 
   def check(self, key: str) -> None:
     for name in ('weight', 'weight_end', 'mix'):
@@ -124,6 +132,12 @@ class Distill(TokenLoss):
   k: int = 64  # of top_k
   tail: Tail = 'bucket'  # of top_k
   draws: int = 50  # of sampled
+
+  needs: ClassVar[Needs] = {
+    **TokenLoss.needs,
+    **SPARSE,
+    **dict.fromkeys(('shares', 'average'), (lambda its: its.co_teachers, 'co_teachers')),
+  }
 
   def check(self, key: str) -> None:
     super().check(key)

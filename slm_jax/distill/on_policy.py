@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.distill import rollouts
 from slm_jax.distill.logits import Distill, SelfDistill, TokenLoss
 from slm_jax.losses import Term
@@ -49,6 +49,8 @@ class OnPolicy(TransformConfig):
   buffer: int = 0  # rollouts that are kept for later steps, the newest
   replay: float = setting(0.5, traced=True)  # with a buffer: probability that a step writes none and reads it
   cold_start: bool = False  # start without a trained model (`init.arm`), whose rollouts are noise
+
+  needs: ClassVar[Needs] = {'replay': (lambda its: its.buffer, 'a buffer')}
 
   def check(self, key: str) -> None:
     for name in ('fraction', 'replay'):
@@ -115,7 +117,8 @@ def on_policy(
 
   New entries of the batch: 'taught' [B, T], where a teacher is listened to; 'rollout' [B, T], what the student wrote;
   `name`_fresh [B], 1 where it did so in this step. Logs `name`_share, of rows that are rollouts; `name`_length, of
-  their completions in tokens; with a buffer `name`_fresh, of rows that were written in this step.
+  their completions in tokens; `name`_unfinished, the share of rollouts that reach max_new tokens without an end; with a
+  buffer `name`_fresh, of rows that were written in this step.
   """
 
   def init(key, params):
@@ -157,7 +160,12 @@ def on_policy(
       rows, length = batch['rollout'].any(axis=1).astype(jnp.float32), batch['rollout'].sum()
       n = jnp.float32(rows.size)
       fresh = {f'{name}_fresh': Term(batch[f'{name}_fresh'].sum(), n, 0.0)} if buffer else {}
-      counts = {f'{name}_share': Term(rows.sum(), n, 0.0), f'{name}_length': Term(length, rows.sum(), 0.0)}
+      ended = ((batch['targets'] == eos) & (batch['rollout'] > 0)).any(axis=1)
+      counts = {
+        f'{name}_share': Term(rows.sum(), n, 0.0),
+        f'{name}_length': Term(length, rows.sum(), 0.0),
+        f'{name}_unfinished': Term((rows * ~ended).sum(), rows.sum(), 0.0),
+      }
       return {**fn(params, hidden, batch, context), **counts, **fresh}
 
     return with_counts

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from slm_jax import distributed, sharding
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 from slm_jax.data import batches, folder, packing, sources, store
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.packing import Piece
@@ -48,6 +48,8 @@ class SequenceDistill(TransformConfig):
   share: float = 0.5  # of the training sequences that it wrote; the others are the arm's own
   seed: int = 0  # of its draws
 
+  needs: ClassVar[Needs] = dict.fromkeys(('top_p', 'seed'), (lambda its: its.temperature, 'a temperature above 0'))
+
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm that writes')
     require(self.documents > 0, f'{key}.documents={self.documents}: must be positive')
@@ -64,7 +66,8 @@ class SequenceDistill(TransformConfig):
     own = batches.order([texts.records('train')], (), dataset.config.seed)
     mixed = grain.MapDataset.mix([dataset.train, own], [1 - self.share, self.share]) if self.share < 1 else own
     flops = dataset.flops + texts.manifest['flops']
-    return dataset._replace(train=mixed, stores=(*dataset.stores, texts), flops=flops)
+    notices = (*dataset.notices, *texts.notices, *self._unfinished(texts))
+    return dataset._replace(train=mixed, stores=(*dataset.stores, texts), flops=flops, notices=notices)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     return asked_at_the_end(Transform(self.kind), self.teacher, resources), {}
@@ -90,10 +93,12 @@ class SequenceDistill(TransformConfig):
       with capture.alone(path.with_name(f'.lock-{path.name}'), logging.info):
         return folder.open_or_build(path, build, logging.info)
 
-    manifest = distributed.main_first(opened)
-    if cut := manifest['unfinished']:
-      logging.info('%s: %d of %d texts of %s reached %d tokens without an end', path, cut, *manifest['about'])
-    return Store(f'{self.teacher}’s texts', path, manifest)
+    return Store(f'{self.teacher}’s texts', path, distributed.main_first(opened))
+
+  def _unfinished(self, texts: Store) -> list[str]:
+    """A notice of texts that end nowhere, since the student learns from their beginnings alone."""
+    n, (all_, teacher, limit) = texts.manifest['unfinished'], texts.manifest['about']
+    return [f'{self.kind}: {n} of {all_} texts of {teacher} reached {limit} tokens without an end'] if n else []
 
   def _build(self, dataset: Dataset, model: Model, params: Params, key: dict[str, Any], path: Path) -> dict[str, Any]:
     tokens, limit = dataset.tokenizer, min(dataset.config.seq_len + 1, model.config.max_len)

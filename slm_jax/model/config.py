@@ -1,9 +1,9 @@
 """ModelConfig: what distinguishes one decoder from another, as data. Presets are in presets.py."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
-from slm_jax.config import require, setting
+from slm_jax.config import Needs, require, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,13 @@ class ModelConfig:
   unroll: int = setting(0, semantic=False)  # layers a scan iteration; 0: all of them
   # By which kernel; auto: the fastest that the devices have and that can do it (slm_jax/model/fused.py)
   attention: Literal['auto', 'reference', 'splash', 'cudnn'] = setting('auto', semantic=False)
+
+  needs: ClassVar[Needs] = {
+    'qk_norm_eps': (lambda its: its.qk_norm, 'qk_norm'),
+    **dict.fromkeys(('rope_theta', 'rope_scaling'), (lambda its: its.positions == 'rope', 'positions=rope')),
+    'rope_local_theta': (lambda its: its.positions == 'rope' and its.window, 'positions=rope and a window'),
+    'global_every': (lambda its: its.window, 'a window'),
+  }
 
   def check(self, key: str) -> None:
     for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_len'):

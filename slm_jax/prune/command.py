@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags, logging
 
-from slm_jax import commands, losses
+from slm_jax import commands, losses, notices
 from slm_jax.config import ConfigError, check, from_dict, require
 from slm_jax.data import tokenizer
 from slm_jax.data.config import DataConfig
@@ -66,6 +66,7 @@ def made(options: flags.FlagValues) -> str:
   require(options.batch > 0, f'--batch={options.batch}: must be positive')
   require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
   require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
+  commands.require_effect(options, {'batch': ('cost', 'latency'), 'seed': ('by', 'random')})
   given = expanded(options.model)
   folder = given if (given / 'model.json').exists() else given / 'model'
   config, params, _ = load_model(folder)
@@ -117,6 +118,7 @@ def same_tokens(dataset: Dataset, folder: Path) -> Dataset:
   from slm_jax.checkpoint import load_tokenizer  # from a floor above
 
   dataset.tokenizer.check_same(load_tokenizer(folder, dataset.tokenizer), f'--model={folder}', dataset.texts())
+  notices.show(dataset.notices)
   return dataset
 
 

@@ -7,11 +7,11 @@ Recovery is another arm, which starts from this one and keeps its zeros (`Prune(
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 
-from slm_jax.config import require
+from slm_jax.config import Needs, require
 from slm_jax.model.api import Model, Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import criteria, fisher
@@ -32,6 +32,10 @@ class OneShot:
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
   # What makes up for them, layer by layer (oneshot.compensated): what stays is fitted anew, or biases are shifted.
   compensate: Literal['none', 'least_squares', 'mean_shift'] = 'none'
+
+  needs: ClassVar[Needs] = dict.fromkeys(
+    ('sparsity', 'pattern', 'allocation'), (lambda its: its.criterion != 'none', 'a criterion')
+  )
 
   def check(self, key: str) -> None:
     require(

@@ -114,9 +114,9 @@ def edit(workdir, change):
 
 
 def test_a_setting_that_came_later_is_taken_to_be_at_its_default(workdir):
-  edit(workdir, lambda settings: settings['model'].pop('qk_norm_eps'))
+  edit(workdir, lambda settings: settings['model'].pop('attn_scale'))
   assert len(find_adoptable(workdir, expand(module()))) == 6
-  assert find_adoptable(workdir, expand(module(override(BASE, {'model.qk_norm_eps': 1e-6})))) == {}
+  assert find_adoptable(workdir, expand(module(override(BASE, {'model.attn_scale': 0.25})))) == {}
 
 
 def test_a_setting_that_nobody_knows_any_more_makes_another_run_of_it(workdir):

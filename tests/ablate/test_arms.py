@@ -159,7 +159,8 @@ def test_names_say_what_varies_beyond_the_seed(changes, names):
 def test_short_keys_are_written_out_where_they_would_be_ambiguous():
   arms = arms_of(experiment(sweep=[{'seed': 1, 'optim.name': 'muon'}, {'optim.name': 'adamw', 'eval.prompt': 'muon'}]))
   assert arms[1].name == 'name=adamw prompt=muon'
-  arms = arms_of(experiment(sweep=[{'optim.warmup': 1, 'data.vocab_size': 9}, {'model.vocab_size': 600}]))
+  sweep = [{'optim.warmup': 1, 'data.vocab_size': 9}, {'model.vocab_size': 600}]
+  arms = arms_of(experiment(sweep=sweep), **{'data.tokenizer': 'sentencepiece'})
   assert [a.name for a in arms] == ['warmup=1 data.vocab_size=9', 'model.vocab_size=600']
 
 

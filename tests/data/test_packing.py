@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data import packing
@@ -38,6 +38,20 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before_it(pack
     (a, b) for d in documents(sizes) for a, b in zip(d.tokens[:-1].tolist(), d.tokens[1:].tolist(), strict=True)
   ]
   assert sorted(found) == expected
+
+
+@pack
+@settings(max_examples=4, deadline=None)
+@given(count=st.integers(1, 70_000), spare=st.integers(0, 3))
+@example(count=32_767, spare=0)
+@example(count=32_768, spare=0)
+@example(count=65_536, spare=0)
+def test_nothing_is_lost_however_many_documents_stand_in_one_record(pack, count, spare):
+  prompts = (i % 2 for i in range(count))  # a prompt of one token predicts as much as none
+  pieces = [d._replace(prompt=prompt) for d, prompt in zip(documents([2] * count), prompts, strict=True)]
+  (record,) = pack(pieces, 2 * count - 1 + spare, PAD)
+  assert predictions([record]) == [(int(d.tokens[0]), int(d.tokens[1])) for d in pieces]
+  assert packing.documents(record.segments).max() == count
 
 
 @pack

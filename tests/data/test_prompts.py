@@ -15,8 +15,8 @@ PACK = {'split': packing.split, 'whole': packing.whole}
 
 
 def opened(tmp_path, texts, **settings):
-  for split in ('train', 'valid'):
-    lines = ''.join(f'{{"text": "{text}"}}\n' for text in texts)
+  for split, part in (('train', ['=7']), ('valid', texts)):  # another one: what is held out is not trained on
+    lines = ''.join(f'{{"text": "{text}"}}\n' for text in part)
     (tmp_path / f'{split}.jsonl').write_text(lines)
   config = DataConfig(sources=(str(tmp_path),), batch_size=1, **settings)
   return open_data(config, tmp_path / 'cache', print)
@@ -68,7 +68,7 @@ def test_single_is_one_document_a_row_padded_on_the_right(tmp_path):
 
 @pytest.mark.parametrize(
   'end, message',
-  [('==', "prompt_end='==': must be one token, and is 2"), ('|', "prompt_end='|': not a token of the document '1=2'")],
+  [('==', "prompt_end='==': must be one token, and is 2"), ('|', "prompt_end='|': not a token of the document '=7'")],
 )
 def test_a_marker_must_be_a_token_of_every_document(tmp_path, end, message):
   with pytest.raises(ConfigError) as error:

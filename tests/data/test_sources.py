@@ -44,6 +44,12 @@ def write(path: Path, data: str | bytes) -> Path:
   return path
 
 
+def left_out(path) -> list[str]:
+  """Names of the files that are not read."""
+  (source,) = sources.open_sources(DataConfig(sources=(str(path),)))
+  return [Path(place.partition(' (')[0]).name for place in source.left_out]
+
+
 def lines(*texts: str) -> str:
   return ''.join(json.dumps({'text': text}) + '\n' for text in texts)
 
@@ -62,9 +68,9 @@ def test_a_text_file_is_a_document_byte_for_byte(tmp_path):
   for name, text in texts.items():
     write(tmp_path / name, text)
   write(tmp_path / 'picture.png', b'\x89PNG')
-  found, report = everything(tmp_path)
+  found, _ = everything(tmp_path)
   assert found == [texts[name] for name in ('a.txt', 'b.md', 'd.txt.gz', 'sub/c.py')]
-  assert [Path(p).name for p in report.left_out] == ['picture.png']
+  assert left_out(tmp_path) == ['picture.png']
   assert ''.join(everything(tmp_path / '**/*.py')[0]) == 'pass'
 
 
@@ -101,15 +107,15 @@ BAD_LINES = [
 
 @pytest.mark.parametrize('line, message', BAD_LINES)
 def test_a_bad_line_is_an_error_with_file_and_line_or_is_counted(tmp_path, line, message):
-  good = b'{"text": "good"}'
-  path = write(tmp_path / 'a.jsonl', b'\n'.join([good, line, good, line, good]) + b'\n')
+  one, two, three = (lines(text).strip().encode() for text in ('one', 'two', 'three'))
+  path = write(tmp_path / 'a.jsonl', b'\n'.join([one, line, two, line, three]) + b'\n')
   with pytest.raises(ConfigError) as caught:
     everything(path)
   assert str(caught.value).startswith(f'{path}:2: ')
   assert message in str(caught.value)
   assert '\n' not in str(caught.value)
   found, report = everything(path, errors='skip')
-  assert found == ['good'] * 3
+  assert found == ['one', 'two', 'three']
   assert report.count == 2
   assert [place.split(': ')[0] for place in report.places] == [f'{path}:2', f'{path}:4']
 
@@ -195,6 +201,10 @@ def test_a_single_document_is_cut_between_characters(text, fraction):
   at = int(len(text) * (1 - fraction))
   if at == 0:
     return
+  if text[:at].strip() == text[at:].strip() != '':
+    with pytest.raises(ConfigError, match=r'all training documents \(1\) stand in a valid split too'):
+      list(sources.documents(source, DataConfig(valid_fraction=fraction), Report('strict')))
+    return
   found = list(sources.documents(source, DataConfig(valid_fraction=fraction), Report('strict')))
   assert [(split, d.text) for split, d in found] == [('train', text[:at]), ('valid', text[at:])]
 
@@ -210,19 +220,20 @@ def test_files_named_by_split_are_the_splits(tmp_path):
   ]
   for name in names:
     write(tmp_path / name, lines(name))
-  texts, report = read(tmp_path)
+  texts, _ = read(tmp_path)
   assert texts == {'train': names[1::-1], 'valid': ['validation.jsonl']}
-  assert [Path(p).name for p in report.left_out] == ['index.jsonl', 'values.txt']
+  assert left_out(tmp_path) == ['test_published.jsonl', 'index.jsonl', 'values.txt']
   assert read(tmp_path / '*.jsonl')[0] == texts
   (tmp_path / 'validation.jsonl').unlink()
   assert read(tmp_path)[0] == {'train': names[1:2], 'valid': names[0:1]}  # the last part of the training files
 
 
-def test_what_is_left_out_is_told_once_for_all_splits(tmp_path):
+def test_empty_files_are_told_once_for_all_splits(tmp_path):
   for name, text in {'train1.txt': 'a', 'train2.txt': '', 'valid1.txt': 'b', 'valid2.txt': '', 'x.png': ''}.items():
     write(tmp_path / name, text)
   _, report = read(tmp_path)
-  assert [Path(p).name for p in report.left_out] == ['x.png', 'train2.txt (empty)', 'valid2.txt (empty)']
+  assert left_out(tmp_path) == ['x.png']
+  assert [Path(p).name for p in report.empty] == ['train2.txt', 'valid2.txt']
   assert report.count == 0
 
 
@@ -265,6 +276,29 @@ def test_the_content_hash_sees_content_and_not_paths(tmp_path):
   before = hashed(tmp_path / 'a')
   write(tmp_path / 'a/new.txt', 'three')
   assert hashed(tmp_path / 'a') != before
+
+
+def test_the_first_record_of_every_split_and_file_is_tried(tmp_path):
+  good, bad = lines('one', 'two'), json.dumps({'body': 'x'}) + '\n'
+
+  def tried(**options) -> str:
+    config = DataConfig(sources=(str(tmp_path / 'd'),), **options)
+    assert sources.content_of(config) == sources.fingerprint(config)
+    return sources.content_of(config)
+
+  write(tmp_path / 'd/train.jsonl', good)
+  write(tmp_path / 'd/valid.jsonl', good + bad)
+  tried()  # the second record of a file is not looked at
+  for name in ('valid1.jsonl', 'train2.jsonl'):
+    path = write(tmp_path / 'd' / name, bad)
+    with pytest.raises(ConfigError, match=f"{name}:1: no field 'text'; there is: 'body'"):
+      tried()
+    tried(errors='skip')
+    path.unlink()
+  path = write(tmp_path / 'd/train3.txt.gz', 'packed' * 100)
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ConfigError, match='train3.txt.gz: cannot be read'):
+    tried()
 
 
 @needs_data
@@ -336,6 +370,6 @@ def test_tinyshakespeare_is_split_as_published():
 
 @needs_data
 def test_books_come_with_their_splits():
-  texts, report = read(DATA / 'books')
+  texts, _ = read(DATA / 'books')
   assert {split: len(part) for split, part in texts.items()} == {'train': 2331, 'valid': 189}
-  assert [Path(p).name for p in report.left_out] == ['index.jsonl']
+  assert left_out(DATA / 'books') == ['test.jsonl.gz', 'index.jsonl']

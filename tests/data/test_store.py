@@ -15,7 +15,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from slm_jax.config import ConfigError
-from slm_jax.data import folder, sources
+from slm_jax.data import folder, packing, sources
 from slm_jax.data.config import DataConfig
 from slm_jax.data.records import Report
 from slm_jax.data.store import open_store
@@ -58,6 +58,16 @@ def test_a_store_holds_the_text(tmp_path):
     assert facts['records'] == len(records)
     assert facts['padding'] == (segments == 0).mean()
   assert said == []
+
+
+def test_a_record_of_more_documents_than_16_bits_count_is_stored_whole(tmp_path):
+  n = 70_000
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "a"}\n' * n + '{"text": "b"}\n')
+  store, _ = opened(tmp_path / 'cache', DataConfig(sources=(str(path),), seq_len=3 * n - 1))
+  (tokens, segments) = store.records('train')[0]
+  assert packing.mask(segments).sum() == store.manifest['splits']['train']['predicted'] == 2 * n
+  assert Bytes().decode(tokens) == 'a' * n
 
 
 def test_a_store_is_written_once_and_the_same_everywhere(tmp_path, monkeypatch):
@@ -118,6 +128,9 @@ def test_a_damaged_store_is_built_again_and_that_is_said(tmp_path, name):
   assert len(said) == 1
   assert str(store.path) in said[0]
   assert re.search(message + '.*it is built again', said[0])
+  for store in (again, opened(tmp_path)[0]):  # and from then on
+    (notice,) = store.notices
+    assert re.search(rf'stories: {store.path} was damaged \({message}.*\), and built again', notice)
   assert [p.name for p in tmp_path.iterdir()] == [store.path.name]  # nothing of the damaged one is left
 
 
@@ -134,7 +147,7 @@ def test_a_record_damaged_while_it_is_used_is_named(tmp_path):
   writer = ArrayRecordWriter(str(path), 'group_size:1')
   writer.write(b'too short')
   writer.close()
-  with pytest.raises(ConfigError, match=r'record 0 has 9 bytes, expected 260'):
+  with pytest.raises(ConfigError, match=r'record 0 has 9 bytes, expected 390'):
     store.records('train')[0]
 
 
@@ -259,15 +272,14 @@ def test_a_killed_builder_leaves_nothing_that_is_used(tmp_path):
   assert [p.name for p in (tmp_path / 'cut').iterdir()] == [store.path.name]  # the dead builders' files are gone too
 
 
-def test_bad_records_are_said_at_each_opening_and_kept_in_the_manifest(tmp_path):
+def test_bad_records_are_a_notice_at_each_opening_and_kept_in_the_manifest(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "one"}\nnonsense\n{"text": "two"}\n{"text": "three"}\n')
   config = DataConfig(sources=(str(path),), errors='skip', seq_len=8)
   for _ in range(2):
-    store, said = opened(tmp_path / 'cache', config)
-    assert len(said) == 1
-    assert '1 bad records' in said[0]
-    assert f'{path}:2: not JSON' in said[0]
+    store, _ = opened(tmp_path / 'cache', config)
+    (notice,) = store.notices
+    assert notice.startswith(f'{path}: 1 bad records were skipped or mended: {path}:2: not JSON')
   manifest = json.loads((store.path / 'manifest.json').read_text())
   assert manifest['bad']['count'] == 1
   assert manifest['bad']['places'][0].startswith(f'{path}:2: not JSON')

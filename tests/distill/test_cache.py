@@ -231,6 +231,8 @@ def test_the_command_line_says_where_it_is_and_what_it_takes(workdir, capsys):
   [
     (['--teacher=nobody'], '--teacher=nobody: no such arm in'),
     (['--teacher=teacher', '--k=300'], '--k=300: allowed: 1..259, the tokens of the tokenizer'),
+    (['--teacher=teacher', '--method=sampled', '--k=4'], '--k=4: has no effect without --method=top_k'),
+    (['--teacher=teacher', '--draws=4'], '--draws=4: has no effect without --method=sampled'),
     (['--teacher=teacher', '--method=sampled', '--draws=300'], '--draws=300: allowed: 1..255'),
     (['--teacher=teacher', '--host=2', '--hosts=2'], '--host=2: allowed: 0..1'),
     (['--teacher=teacher', '--data.seq_lne=3'], "seq_lne: unknown key 'seq_lne'; did you mean 'seq_len'?"),

@@ -82,7 +82,7 @@ def test_a_greedy_text_is_the_teachers_most_likely_one_after_a_documents_prompt(
   assert mask.any()
 
 
-def test_texts_are_drawn_from_the_teacher_and_end_where_it_ends_them(folder, caplog):
+def test_texts_are_drawn_from_the_teacher_and_end_where_it_ends_them(folder):
   plain, dataset = opened(folder, WHOLE, documents=960)
   eos, vocab = plain.tokenizer.eos, plain.tokenizer.vocab_size
   written = [tokens for _, tokens in texts(dataset)]
@@ -94,6 +94,8 @@ def test_texts_are_drawn_from_the_teacher_and_end_where_it_ends_them(folder, cap
   assert (np.abs(counts / 960 - p) < 5 * np.sqrt(p * (1 - p) / 960))[likely].all()
   unfinished = sum(tokens[-1] != eos for tokens in written)
   assert dataset.stores[-1].manifest['unfinished'] == unfinished
+  notice = f'sequence_distill: {unfinished} of 960 texts of teacher reached 33 tokens without an end'
+  assert dataset.notices == (notice,)
   for tokens in written:
     assert tokens[0] == plain.tokenizer.bos
     assert tokens.max() < vocab

@@ -32,6 +32,12 @@ CASES = {
   'empty corpus': (['--config.data.sources=empty.txt'], 'empty.txt'),
   'not UTF-8': (['--config.data.sources=latin.txt'], 'latin.txt: not UTF-8 at byte offset 3'),
   'not a record': (['--config.data.sources=lines.jsonl'], 'lines.jsonl.*2'),
+  'wrong field, dry run': (
+    ['--config.data.sources=lines.jsonl', '--config.data.text_field=body', '--dry_run'],
+    "lines.jsonl:1: no field 'body'; there is: 'text'",
+  ),
+  'not an archive, dry run': (['--config.data.sources=shards', '--dry_run'], 'b.jsonl.gz: cannot be read: Not a gzip'),
+  'not UTF-8, dry run': (['--config.data.sources=latin.txt', '--dry_run'], 'latin.txt: not UTF-8 at byte offset 3'),
   'experiment of another workdir': (['--workdir=taken'], "holds the experiment 'another'"),
 }
 
@@ -43,6 +49,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path):
   (tmp_path / 'nothing').mkdir()
   (tmp_path / 'latin.txt').write_bytes(b'Caf\xe9 ' * 100)
   (tmp_path / 'lines.jsonl').write_text('{"text": "fine"}\nnot JSON\n')
+  (tmp_path / 'shards').mkdir()
+  (tmp_path / 'shards/a.jsonl').write_text('{"text": "fine"}\n')
+  (tmp_path / 'shards/b.jsonl.gz').write_text('{"text": "not packed"}\n')
   (tmp_path / 'taken').mkdir()
   write_experiment(tmp_path / 'taken', Experiment('another'))
   before = sorted(tmp_path.rglob('*'))

@@ -100,6 +100,8 @@ def test_without_text_there_are_no_losses(workdir, tmp_path, capsys):
     (['--model=DENSE', '--share=0.5', '--by=flap'], 'one of <magnitude.activations.principal.random>'),
     (['--model=DENSE', '--share=0.5', '--by=principal'], '--by=principal: model.tied=true: .*allowed: false'),
     (['--model=DENSE', '--share=0.5', '--multiple=0'], 'multiple=0: must be positive'),
+    (['--model=DENSE', '--share=0.5', '--batch=4'], '--batch=4: has no effect without --cost=latency'),
+    (['--model=DENSE', '--share=0.5', '--seed=4'], '--seed=4: has no effect without --by=random'),
     (['--model=DENSE', '--share=0.5', '--batch=0'], '--batch=0: must be positive'),
     (['--model=DENSE', '--share=0.5', '--sequences=0'], '--sequences=0: must be positive'),
     (['--model=DENSE', '--share=0.5', '--seq_len=97'], '--seq_len=97: at most model.max_len=96'),
