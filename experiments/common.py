@@ -32,7 +32,7 @@ def student(steps: int) -> Config:
     data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=64, batch_size=16),
     optim=OptimConfig(learning_rate=1e-2, warmup=30),
     train=TrainConfig(steps=steps),
-    eval=EvalConfig(every=max(steps // 4, 1), sequences=256, samples=0),
+    eval=EvalConfig(every=max(steps // 4, 1), bytes=40_000, samples=0),
     run=RunConfig(keep=1),
   )
 

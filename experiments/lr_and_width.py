@@ -46,7 +46,7 @@ def config() -> Config:
     data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=64, batch_size=16),
     optim=OptimConfig(warmup=30),
     train=TrainConfig(steps=150),
-    eval=EvalConfig(every=150, sequences=256, samples=0),
+    eval=EvalConfig(every=150, bytes=40_000, samples=0),
     run=RunConfig(keep=1),
   )
 

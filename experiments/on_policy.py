@@ -74,7 +74,7 @@ def config() -> Config:
     data=DataConfig(sources=('addition',), packing='single', prompt_end='=', seq_len=40, batch_size=32),
     optim=OptimConfig(learning_rate=1e-2, warmup=30),
     train=TrainConfig(steps=300),
-    eval=EvalConfig(every=300, sequences=1024, samples=0),
+    eval=EvalConfig(every=300, bytes=34_000, samples=0),
     run=RunConfig(keep=1),
   )
 

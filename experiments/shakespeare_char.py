@@ -45,7 +45,7 @@ def config() -> Config:
     data=DataConfig(sources=('tinyshakespeare.txt',), seq_len=64, batch_size=12),
     optim=OptimConfig(learning_rate=2e-3, warmup=100, b2=0.99, final=0.1),
     train=TrainConfig(steps=2000),
-    eval=EvalConfig(every=500, sequences=0, samples=1, sample_tokens=60),
+    eval=EvalConfig(every=500, bytes=0, samples=1, sample_tokens=60),
   )
 
 

@@ -44,7 +44,7 @@ def config() -> Config:
     data=DataConfig(tokenizer='sentencepiece', vocab_size=1024, seq_len=256, packing='whole', batch_size=8),
     optim=OptimConfig(learning_rate=5e-3, warmup=20),
     train=TrainConfig(steps=120),
-    eval=EvalConfig(every=40, sequences=128),
+    eval=EvalConfig(every=40, bytes=115_000),
     transforms=(Distill('teacher', weight=0.5, temperature=1.0),),
   )
 

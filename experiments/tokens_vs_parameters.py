@@ -41,7 +41,7 @@ def config() -> Config:
     data=DataConfig(tokenizer='sentencepiece', vocab_size=512, seq_len=256, packing='whole', batch_size=6),
     optim=OptimConfig(learning_rate=learning_rate(WIDTHS[0]), warmup=STEPS[0] // 5),
     train=TrainConfig(steps=STEPS[0]),
-    eval=EvalConfig(every=STEPS[-1], sequences=128, samples=0),
+    eval=EvalConfig(every=STEPS[-1], bytes=75_000, samples=0),
     run=RunConfig(keep=1),
   )
 

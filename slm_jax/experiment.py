@@ -38,7 +38,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   every: int = 200  # steps; the last step is always evaluated
-  sequences: int = 256  # of the valid split, at even distances; 0: all
+  bytes: int = 65_536  # of the valid split, about, in whole documents at even distances; 0: all
   samples: int = 2  # texts written at the end
   sample_tokens: int = 96
   temperature: float = 1.0
@@ -50,7 +50,7 @@ class EvalConfig:
 
   def check(self, key: str) -> None:
     require(self.every > 0, f'{key}.every={self.every}: must be positive')
-    for name in ('sequences', 'samples', 'sample_tokens', 'temperature'):
+    for name in ('bytes', 'samples', 'sample_tokens', 'temperature'):
       require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
 
 

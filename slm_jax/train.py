@@ -228,7 +228,7 @@ def inherited(config: Config, dataset: Dataset, others: Trained) -> Params:
 
 def resources_of(config: Config, dataset: Dataset, model: Model, others: Trained, derived: Path) -> Resources:
   def load(arm_id: str) -> tuple[Model, Params]:
-    dataset.tokenizer.check_same(others.tokenizer(arm_id), f'arm {arm_id}', dataset.texts())
+    dataset.tokenizer.check_same(others.tokenizer(arm_id), f'arm {arm_id}', dataset.valid.texts(32))
     return others.model(arm_id)
 
   return Resources(
@@ -320,7 +320,7 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
 
 def valid_batches(job: Job) -> Iterator[Batch]:
   """What is evaluated on, on the devices."""
-  return map(job.place, job.dataset.valid_batches(job.config.data.batch_size, job.config.eval.sequences))
+  return map(job.place, job.dataset.valid_batches(job.config.data.batch_size, job.config.eval.bytes))
 
 
 def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[str, Any]:
@@ -333,14 +333,17 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   samples = evaluate.samples(config, params, dataset.tokenizer)
   if distributed.is_main():
     write_json(job.folder / 'samples.json', samples)
-  floor = dataset.floor(config.eval.sequences)
+  text = dataset.valid.packed(config.eval.bytes)
   context = Context(state.step, jax.random.PRNGKey(config.seed), state.hparams, {**job.frozen, **job.witnesses()})
   judge = jax.jit(job.judge, out_shardings=job.layout.step)
   return {
     **{k: results[k] for k in REPORTED if k in results},
     **evaluate.judged(judge, state.slots, params, valid_batches(job), context),
-    'floor': floor,
-    'gap': None if floor is None else results['loss'] - floor,
+    'floor': text.floor,
+    'gap': None if text.floor is None else results['loss'] - text.floor,
+    'tokenizer': dataset.tokenizer.fingerprint,
+    'held_out': text.digest,
+    'bytes': results['tokens'] * dataset.bytes_per_token,
     'flops': results['tokens'] * job.flops,
     'hardware_flops': config.train.steps * hardware_flops(job) if config.train.steps else 0.0,
     'parameters': parameter_count(config.model),

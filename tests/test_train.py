@@ -80,7 +80,7 @@ def test_the_saved_model_alone_gives_the_reported_loss(family):
     dataset = open_data(arms[name].data, workdir / 'data', print)
     assert record['tokenizer'] == dataset.tokenizer.fingerprint
     step = make_measure(decoder.build(config), dataset.tokenizer, 2048)
-    batches = dataset.valid_batches(8, arms[name].eval.sequences)
+    batches = dataset.valid_batches(8, arms[name].eval.bytes)
     again = evaluate(step, params, batches, lambda: None)
     assert again['loss'] == pytest.approx(run_json(workdir, name)['summary']['loss'], rel=1e-5)
 

@@ -25,7 +25,7 @@ def config(steps: int = 40) -> Config:
     data=DataConfig(documents=200, seq_len=64, batch_size=8),
     optim=OptimConfig(learning_rate=1e-2, warmup=5),
     train=TrainConfig(steps=steps),
-    eval=EvalConfig(every=10, sequences=16, samples=1, sample_tokens=8),
+    eval=EvalConfig(every=10, bytes=1000, samples=1, sample_tokens=8),
     transforms=(Ema(0.9),),
     run=RunConfig(log_every=1, checkpoint_every=10),
   )

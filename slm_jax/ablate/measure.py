@@ -11,6 +11,7 @@ measurement. Results are kept in WORKDIR/cache/measured.json, for this machine; 
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -19,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +30,10 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.data import batches
 from slm_jax.data.dataset import Dataset
+from slm_jax.data.store import Store
 from slm_jax.data.tokenizer import Bytes, Tokenizer
-from slm_jax.experiment import Config, InitConfig
+from slm_jax.data.valid import Packed
+from slm_jax.experiment import Config, EvalConfig, InitConfig
 from slm_jax.files import write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Model, Params
@@ -40,6 +42,7 @@ from slm_jax.preempt import Preemption
 SECONDS = 3.0  # of steps, about, once all is compiled
 LEAST, MOST = 6, 60  # steps
 VALID_BATCHES = 4  # evaluated, at most
+PIECE = 3.0  # bytes of text that a token of a SentencePiece stands for, about
 
 
 class Pace(NamedTuple):
@@ -55,14 +58,21 @@ class Pace(NamedTuple):
   def seconds(self, config: Config, compiled: bool) -> float:
     """What run.json will call `seconds`: the loop from its first compilation to its last checkpoint.
 
-    Every evaluation is taken to be the best so far, and hence saved; with eval.sequences=0, 256 are taken for granted.
+    Every evaluation is taken to be the best so far, and hence saved; see `evaluation_batches`.
     """
     steps, every, save_every = config.train.steps, config.eval.every, config.run.checkpoint_every
     evaluated = {*range(0, steps, every), steps}
     saved = evaluated | set(range(0, steps, save_every))
-    n = -(-(config.eval.sequences or 256) // config.data.batch_size)
+    n = evaluation_batches(config)
     once = self.starting if compiled else self.compiling
     return once + steps * self.step + len(evaluated) * n * self.eval_batch + len(saved) * self.save
+
+
+def evaluation_batches(config: Config) -> int:
+  """Of one evaluation, about. The text is not known here: with eval.bytes=0 the default is taken for granted."""
+  per_token = 1 if config.data.tokenizer == 'bytes' else PIECE
+  tokens = (config.eval.bytes or EvalConfig.bytes) / per_token
+  return math.ceil(tokens / (config.data.seq_len * config.data.batch_size))
 
 
 # ----------------------------------------------------------------------------------------------------------- keys
@@ -173,11 +183,10 @@ def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> P
   """The loop from the middle of the run on. What is done now and then only (a mask refresh) is not in the median."""
   config = dataclasses.replace(arm.config, init=InitConfig())
   job, start = stand_in(config, everyone, folder), max(config.train.steps // 2, steps)
-  sequences = min(config.eval.sequences or 256, VALID_BATCHES * config.data.batch_size)
   short = dataclasses.replace(
     config,
     train=dataclasses.replace(config.train, steps=start + steps),
-    eval=dataclasses.replace(config.eval, every=start, sequences=sequences, samples=0),
+    eval=dataclasses.replace(config.eval, every=start, samples=0),
     run=dataclasses.replace(
       config.run, log_every=1, checkpoint_every=2 * (start + steps), tensorboard=False, wandb=False
     ),
@@ -195,7 +204,7 @@ def _probe(arm: Arm, everyone: Mapping[str, Arm], folder: Path, steps: int) -> P
     steps=steps,
     step=statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)),  # the first one compiles
     evaluation=evaluated - ends[-1],
-    eval_batches=-(-sequences // config.data.batch_size),
+    eval_batches=min(evaluation_batches(config), VALID_BATCHES),
     save=summary['seconds'] - evaluated,
   )
 
@@ -255,9 +264,12 @@ def noise(config: Config) -> Dataset:
   """Random tokens in the shapes of the arm's data."""
   vocab, length = config.model.vocab_size, config.data.seq_len
   sequences = Noise(1024, length, vocab)
-  unknown: Any = SimpleNamespace(manifest={'splits': {'valid': {}}})  # a store that knows no entropy
-  valid = grain.MapDataset.source(Noise(VALID_BATCHES * config.data.batch_size, length, vocab))
-  return Dataset(config.data, tokens_of(config), (unknown,), batches.order([sequences], (), 0), valid)
+  facts = {'records': 1, 'bytes': 1, 'predicted': 1}
+  store = Store('noise', Path(), {'splits': {'train': facts}})
+  n = min(evaluation_batches(config), VALID_BATCHES) * config.data.batch_size
+  evaluated = Packed(Noise(n, length, vocab), 0, None, '')
+  valid: Any = SimpleNamespace(packed=lambda n_bytes: evaluated, texts=lambda n: [])
+  return Dataset(config.data, tokens_of(config), (store,), batches.order([sequences], (), 0), valid)
 
 
 def tokens_of(config: Config) -> Tokenizer:
@@ -286,7 +298,7 @@ class NoTokens(Tokenizer):
     self.vocab_size, self.spelling, self.fingerprint = vocab, [b' '] * vocab, ''
     self.pad = self.bos = self.eos = 0
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, inside: bool = False) -> list[int]:
     return []
 
   def decode(self, ids: Iterable[int]) -> str:

@@ -8,22 +8,15 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
 from slm_jax.data import packing
+from slm_jax.data.packing import Sequences
 
 HostBatch = dict[str, np.ndarray]
-
-
-class Sequences(Protocol):
-  """[2, L + 1] by index: tokens and segment ids."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> np.ndarray: ...
 
 
 def order(parts: Sequence[Sequences], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -57,23 +50,18 @@ def train_batch(
 
 
 def valid_batches(
-  sequences: Sequences, size: int, chosen: Sequence[int], host: int = 0, hosts: int = 1, joins: Sequence[Join] = ()
+  sequences: Sequences, size: int, host: int = 0, hosts: int = 1, joins: Sequence[Join] = ()
 ) -> Iterator[HostBatch]:
-  """The chosen sequences in order, `size` in a global batch; the last one is filled up with rows of mask 0."""
-  for start in range(0, len(chosen), size):
+  """All sequences in order, `size` in a global batch; the last one is filled up with rows of mask 0."""
+  n = len(sequences)
+  for start in range(0, n, size):
     rows = range(start + host * size // hosts, start + (host + 1) * size // hosts)
-    empty = np.zeros_like(sequences[chosen[0]])
-    yield _joined([sequences[chosen[i]] if i < len(chosen) else empty for i in rows], joins)
+    empty = np.zeros_like(sequences[0])
+    yield _joined([sequences[i] if i < n else empty for i in rows], joins)
 
 
 def _joined(taken: Sequence[np.ndarray], joins: Sequence[Join]) -> HostBatch:
   return {**batch_of(taken), **{name: entry for join in joins for name, entry in join(taken).items()}}
-
-
-def spread(n: int, k: int) -> list[int]:
-  """k of n indices at even distances; all if k is 0 or more than n."""
-  k = min(k or n, n)
-  return [i * n // k for i in range(k)]
 
 
 def batch_of(sequences: Sequence[np.ndarray]) -> HostBatch:

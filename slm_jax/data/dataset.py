@@ -1,7 +1,6 @@
 """The way of the data: sources -> tokenizer -> token stores -> batches."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from slm_jax.data.records import Report
 from slm_jax.data.sources import HeldOut, Source
 from slm_jax.data.store import Store, open_store
 from slm_jax.data.tokenizer import Tokenizer
+from slm_jax.data.valid import Valid
 from slm_jax.files import expanded
 
 
@@ -26,7 +26,7 @@ class Dataset(NamedTuple):
   tokenizer: Tokenizer
   stores: tuple[Store, ...]  # one a source; their manifests tell counts, padding and bad input
   train: grain.MapDataset  # [2, seq_len + 1] by index, endless
-  valid: grain.MapDataset  # [2, seq_len + 1] by index, in the order of the text
+  valid: Valid
   host: int = 0
   hosts: int = 1
   joins: tuple[Join, ...] = ()  # what a training batch has beside its text
@@ -51,36 +51,18 @@ class Dataset(NamedTuple):
     whole = self._replace(host=0, hosts=1, joins=())
     return (whole.batch(step) for step in range(-(-sequences // self.config.batch_size)))
 
-  def valid_batches(self, size: int, sequences: int = 0) -> Iterator[HostBatch]:
-    """The valid split, or so many sequences spread evenly over it, in batches of one shape."""
-    chosen = batches.spread(len(self.valid), sequences)
-    return batches.valid_batches(self.valid, size, chosen, self.host, self.hosts, self.valid_joins)
-
-  def texts(self, sequences: int = 32) -> list[str]:
-    """Some of the valid split, spread evenly over it."""
-    return [self.tokenizer.decode(self.valid[i][0]) for i in batches.spread(len(self.valid), sequences)]
-
-  def floor(self, sequences: int = 0) -> float | None:
-    """The exact entropy floor under the loss on those sequences, in nats per predicted token: sum -log p / tokens.
-
-    None unless the sources know p(text) and every document stands whole in its sequence.
-    """
-    facts = self._valid_facts()
-    if not all('nats' in each for each in facts):
-      return None
-    nats = [value for each in facts for value in each['nats']]
-    predicted = [value for each in facts for value in each['predicted_each']]
-    chosen = batches.spread(len(nats), sequences)
-    return math.fsum(nats[i] for i in chosen) / sum(predicted[i] for i in chosen)
+  def valid_batches(self, size: int, n_bytes: int = 0) -> Iterator[HostBatch]:
+    """The text of an evaluation on about so many bytes of the valid split, or on all of it, in batches of one shape."""
+    found = self.valid.packed(n_bytes).sequences
+    return batches.valid_batches(found, size, self.host, self.hosts, self.valid_joins)
 
   @property
   def bytes_per_token(self) -> float:
-    """UTF-8 bytes of the valid split per predicted token, of which the end of a document is one."""
-    facts = self._valid_facts()
-    return sum(each['bytes'] for each in facts) / sum(each['predicted'] for each in facts)
-
-  def _valid_facts(self) -> list[dict[str, Any]]:
-    return [store.manifest['splits']['valid'] for store in self.stores if 'valid' in store.manifest['splits']]
+    """UTF-8 bytes of the sources' training text per predicted token, of which the end of a document is one."""
+    facts = [store.manifest['splits']['train'] for store in self.stores if store.has('train')]
+    shares = self.config.weights or [each['records'] for each in facts]  # a transform's stores have shares of their own
+    rates = [(share / each['records'], each) for share, each in zip(shares, facts, strict=False)]
+    return sum(rate * each['bytes'] for rate, each in rates) / sum(rate * each['predicted'] for rate, each in rates)
 
 
 def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host: int = 0, hosts: int = 1) -> Dataset:
@@ -101,14 +83,14 @@ def open_data(config: DataConfig, cache: Path, log: Callable[[str], None], host:
   held_out = HeldOut(found, config)
   its_tokenizer, rebuilt = _tokenizer(config, found, held_out, cache, log)
   stores = tuple(open_store(source, config, its_tokenizer, cache, log, held_out) for source in found)
-  train = [store.records('train') for store in stores if 'train' in store.manifest['splits']]
-  valid = [grain.MapDataset.source(s.records('valid')) for s in stores if 'valid' in s.manifest['splits']]
+  train = [store.train() for store in stores if store.has('train')]
+  valid = [store.valid() for store in stores if store.has('valid')]
   return Dataset(
     config,
     its_tokenizer,
     stores,
     batches.order(train, config.weights, config.seed),
-    grain.MapDataset.concatenate(valid),
+    Valid(valid, config, its_tokenizer),
     host,
     hosts,
     notices=tuple(dict.fromkeys(itertools.chain(rebuilt, *(s.notices for s in found), *(s.notices for s in stores)))),

@@ -7,7 +7,7 @@ one before. Tokens of a document's prompt, whose ids carry the flag PROMPT, are 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,16 +17,28 @@ PROMPT = 1 << 30  # in a segment id: the token belongs to the document's prompt;
 OPEN = 64  # records that wait for a document that fills them
 
 
+class Sequences(Protocol):
+  """[2, L + 1] by index: tokens and segment ids."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> np.ndarray: ...
+
+
 class Piece(NamedTuple):
   tokens: np.ndarray
-  nats: float | None  # exact -log p of the predicted tokens, if known
   prompt: int = 0  # of the tokens, so many at the start belong to the prompt
 
 
 class Record(NamedTuple):
   tokens: np.ndarray  # [L + 1]
   segments: np.ndarray  # [L + 1] uint32, with flags: a record of many short documents needs more than 16 bits
-  nats: float | None
+
+
+def spread(n: int, k: int) -> list[int]:
+  """k of n indices at even distances; all if k is 0 or more than n."""
+  k = min(k or n, n)
+  return [i * n // k for i in range(k)]
 
 
 def mask(segments: np.ndarray) -> np.ndarray:
@@ -51,7 +63,7 @@ def split(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
         yield _record(pieces, length, pad)
         pieces, used, at = [], 0, max(at - 1, 0)  # the last token is the first input of the next record
       tokens = document.tokens[at : at + length + 1 - used]
-      pieces.append(Piece(tokens, None, max(document.prompt - at, 0)))
+      pieces.append(Piece(tokens, max(document.prompt - at, 0)))
       used, at = used + len(tokens), at + len(tokens)
   if pieces:
     yield _record(pieces, length, pad)
@@ -60,7 +72,7 @@ def split(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
 def whole(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
   """Each document whole in one record: in the fullest of the open ones that have room (best fit).
 
-  A document of more than `length` + 1 tokens is cut; its nats are not known piece by piece.
+  A document of more than `length` + 1 tokens is cut.
   """
   waiting: list[tuple[int, list[Piece]]] = []  # (tokens, pieces)
   for document in documents:
@@ -80,11 +92,13 @@ def whole(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]
 def single(documents: Iterable[Piece], length: int, pad: int) -> Iterator[Record]:
   """One document a record. ConfigError for one of more than `length` + 1 tokens: cut, it would have no end."""
   for number, document in enumerate(documents, 1):
-    n = len(document.tokens)
-    require(
-      n <= length + 1, f'data.packing=single: document {number} has {n} tokens, data.seq_len={length} + 1 allowed'
-    )
+    check_single(number, document, length)
     yield _record([document], length, pad)
+
+
+def check_single(number: int, document: Piece, length: int) -> None:
+  n = len(document.tokens)
+  require(n <= length + 1, f'data.packing=single: document {number} has {n} tokens, data.seq_len={length} + 1 allowed')
 
 
 def _cut(document: Piece, length: int) -> Iterator[Piece]:
@@ -93,7 +107,7 @@ def _cut(document: Piece, length: int) -> Iterator[Piece]:
     yield document
     return
   for start in range(0, n - 1, length):
-    yield Piece(document.tokens[start : start + length + 1], None, max(document.prompt - start, 0))
+    yield Piece(document.tokens[start : start + length + 1], max(document.prompt - start, 0))
 
 
 def _record(pieces: list[Piece], length: int, pad: int) -> Record:
@@ -105,5 +119,4 @@ def _record(pieces: list[Piece], length: int, pad: int) -> Record:
     segments[at : at + len(piece.tokens)] = segment
     segments[at : at + min(piece.prompt, len(piece.tokens))] |= PROMPT
     at += len(piece.tokens)
-  known = [piece.nats for piece in pieces if piece.nats is not None]
-  return Record(tokens, segments, sum(known) if len(known) == len(pieces) else None)
+  return Record(tokens, segments)

@@ -1,7 +1,8 @@
-"""Packed token sequences on disk: an ArrayRecord file a split, written once, keyed by all that matters to its content.
+"""A source's text on disk: packed token sequences to train on, and the texts of its valid split (valid.py).
 
-A record is 2 (L + 1) little-endian numbers: the tokens (uint16, or uint32 for a large vocabulary), then the segment ids
-with their flags (uint32). See packing.py for what they mean, and folder.py for how a store is kept whole.
+Each split is an ArrayRecord file, written once, keyed by all that matters to its content. A record to train on is
+2 (L + 1) little-endian numbers: the tokens (uint16, or uint32 for a large vocabulary), then the segment ids with their
+flags (uint32). See packing.py for what they mean, and folder.py for how a store is kept whole.
 """
 
 import collections
@@ -17,17 +18,17 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from slm_jax.config import ConfigError, require
-from slm_jax.data import folder, packing, sources
+from slm_jax.config import ConfigError
+from slm_jax.data import folder, packing, sources, valid
 from slm_jax.data.config import DataConfig
 from slm_jax.data.folder import MANIFEST
 from slm_jax.data.packing import Piece
 from slm_jax.data.records import LISTED, Document, Report, listed
 from slm_jax.data.sources import HeldOut, Source
 from slm_jax.data.tokenizer import Tokenizer
+from slm_jax.data.valid import Part, Parts, bytes_of, piece_of
 
 FORMAT = 2  # of the files; part of the key
-_OPTIONS = 'group_size:1,zstd'  # one record a chunk, for random access
 _PACK = {'split': packing.split, 'whole': packing.whole, 'single': packing.single}
 _SAID = {
   'empty': 'files are empty',
@@ -37,7 +38,7 @@ _SAID = {
 
 
 class Records:
-  """The sequences of one split, by index: uint32 [2, L + 1], tokens and segment ids. Threads may share it.
+  """The sequences of a training split, by index: uint32 [2, L + 1], tokens and segment ids. Threads may share it.
 
   A damaged record is a ConfigError that names file and record.
   """
@@ -68,16 +69,23 @@ class Records:
 
 
 class Store(NamedTuple):
-  """A source's sequences."""
+  """A source's text."""
 
   source: str
   path: Path
   manifest: dict[str, Any]
 
-  def records(self, split: str) -> Records:
-    """The sequences of 'train' or 'valid'; KeyError if the source has none."""
-    self.manifest['splits'][split]
-    return Records(self.path / f'{split}.array_record', self.manifest['key']['seq_len'], self.manifest['wide'])
+  def has(self, split: str) -> bool:
+    return split in self.manifest['splits']
+
+  def train(self) -> Records:
+    """The sequences to train on."""
+    wide = self.manifest['splits']['train']['wide']
+    return Records(self.path / 'train.array_record', self.manifest['key']['seq_len'], wide)
+
+  def valid(self) -> tuple[Parts, int]:
+    """The texts that are held out, and their bytes."""
+    return Parts(self.path / 'valid.array_record'), self.manifest['splits']['valid']['bytes']
 
   @property
   def notices(self) -> list[str]:
@@ -126,16 +134,14 @@ def _build(
   source: Source, config: DataConfig, tokenizer: Tokenizer, held_out: HeldOut, key: dict[str, Any], path: Path
 ) -> dict[str, Any]:
   report = Report(config.errors)
-  wide = tokenizer.vocab_size > 1 << 16
   found = sources.documents(source, config, report, held_out)
   splits = {  # one pass over the source; its splits come one after the other
-    split: _write(path / f'{split}.array_record', (document for _, document in pairs), config, tokenizer, wide)
+    split: _WRITE[split](path / f'{split}.array_record', (document for _, document in pairs), config, tokenizer)
     for split, pairs in itertools.groupby(found, key=operator.itemgetter(0))
   }
   return {
     'key': key,
     'source': source.name,
-    'wide': wide,
     'splits': splits,
     'bad': {'count': report.count, 'places': report.places},
     'empty': {'count': len(report.empty), 'places': list(report.empty)[:LISTED]},
@@ -144,51 +150,32 @@ def _build(
   }
 
 
-def _write(
-  path: Path, documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer, wide: bool
-) -> dict[str, Any]:
-  """Writes one split; returns what there is to know about it."""
+def _write(path: Path, documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Writes the training split; returns what there is to know about it."""
   counts: collections.Counter[str] = collections.Counter()  # bytes: of the predicted tokens
-  marker = _prompt_end(config, tokenizer)
 
   def pieces() -> Iterator[Piece]:
     for document in documents:
-      text = tokenizer.encode(document.text)
-      tokens = np.array([tokenizer.bos, *text, tokenizer.eos], np.uint32)
-      counts.update(documents=1, tokens=len(tokens))
-      if marker is None:
-        counts.update(bytes=len(document.text.encode()))
-        yield Piece(tokens, document.nats)
-        continue
-      start = document.text[:40]
-      require(marker in text, f'data.prompt_end={config.prompt_end!r}: not a token of the document {start!r}')
-      prompt = text.index(marker) + 2
-      counts.update(bytes=int(tokenizer.byte_lengths[text[prompt - 1 :]].sum()))
-      yield Piece(tokens, None, prompt)
+      piece = piece_of(Part(document.text), config, tokenizer)
+      counts.update(documents=1, tokens=len(piece.tokens), bytes=bytes_of(piece, tokenizer))
+      yield piece
 
-  written = write(path, pieces(), config, tokenizer.pad, wide)
+  written = write(path, pieces(), config, tokenizer)
   return {**counts, **written}
 
 
-def write(path: Path, pieces: Iterable[Piece], config: DataConfig, pad: int, wide: bool) -> dict[str, Any]:
-  """Packs documents into the records of a split."""
-  writer = ArrayRecordWriter(str(path), _OPTIONS)
-  predicted, padding, nats = [], 0, []
-  for record in _PACK[config.packing](pieces, config.seq_len, pad):
+_WRITE = {'train': _write, 'valid': valid.write}
+
+
+def write(path: Path, pieces: Iterable[Piece], config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Packs documents into the records of a training split."""
+  writer = ArrayRecordWriter(str(path), valid.OPTIONS)
+  records, predicted, padding, wide = 0, 0, 0, tokenizer.vocab_size > 1 << 16
+  for record in _PACK[config.packing](pieces, config.seq_len, tokenizer.pad):
     padding += int((record.segments == 0).sum())
     writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u4').tobytes())
-    predicted.append(int(packing.mask(record.segments).sum()))
-    nats.append(record.nats)
+    predicted += int(packing.mask(record.segments).sum())
+    records += 1
   writer.close()
-  known = {'nats': nats, 'predicted_each': predicted} if None not in nats else {}
-  share = padding / (len(predicted) * (config.seq_len + 1))
-  return {'records': len(predicted), 'predicted': sum(predicted), 'padding': share, **known}
-
-
-def _prompt_end(config: DataConfig, tokenizer: Tokenizer) -> int | None:
-  """The token after which a document's prompt is over; None without prompts."""
-  if not config.prompt_end:
-    return None
-  tokens = tokenizer.encode(config.prompt_end)
-  require(len(tokens) == 1, f'data.prompt_end={config.prompt_end!r}: must be one token, and is {len(tokens)}')
-  return tokens[0]
+  share = padding / (records * (config.seq_len + 1))
+  return {'records': records, 'predicted': predicted, 'padding': share, 'wide': wide}

@@ -64,8 +64,8 @@ class Tokenizer(abc.ABC):
     return np.stack([self.byte_lengths, self.byte_lengths - self.prefix * spaced])
 
   @abc.abstractmethod
-  def encode(self, text: str) -> list[int]:
-    """The text's tokens, without bos and eos."""
+  def encode(self, text: str, inside: bool = False) -> list[int]:
+    """The text's tokens, without bos and eos. inside: other text stands before it, so no `prefix` does."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
@@ -111,7 +111,7 @@ class Bytes(Tokenizer):
     self.spelling = [b''] * 3 + [bytes([b]) for b in range(256)]
     self.fingerprint = _fingerprint(self.serialize())
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, inside: bool = False) -> list[int]:
     return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -149,12 +149,13 @@ class SentencePiece(Tokenizer):
         self.decode(self.encode(probe)) == probe, f'{name}: loses text; {probe!r} is not decoded as it was encoded'
       )
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, inside: bool = False) -> list[int]:
     # '▁' stands for a space inside of SentencePiece, so one in the text is spelt by its bytes.
+    pieces = self._inside if inside else self.pieces
     if '▁' not in text:
-      return self.pieces.encode(text)
+      return pieces.encode(text)
     first, *rest = text.split('▁')
-    ids = self.pieces.encode(first)
+    ids = pieces.encode(first)
     for part in rest:
       ids += self._space + self._inside.encode(part)
     return ids

@@ -61,7 +61,7 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   notices.show(dataset.notices)
   model_config, params, _ = load_model(folder)
   dataset.tokenizer.check_same(
-    load_tokenizer(folder, dataset.tokenizer), f'--teacher={options.teacher}', dataset.texts()
+    load_tokenizer(folder, dataset.tokenizer), f'--teacher={options.teacher}', dataset.valid.texts(32)
   )
   layout: Layout = capture.layout(
     options.method, options.k, options.draws, dataset.tokenizer.vocab_size, options.precision

@@ -17,7 +17,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from slm_jax import distributed, sharding
 from slm_jax.config import ConfigError, Needs, require, setting
-from slm_jax.data import batches
+from slm_jax.data import packing
 from slm_jax.data.batches import HostBatch, Join
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.store import Store
@@ -106,8 +106,8 @@ def joined(cache: Cache, stores: Sequence[Store], name: str, k: int) -> Join:
 def look(cache: Cache, stores: Sequence[Store]) -> None:
   """ConfigError if some of the sequences, at even distances, are not in the cache or damaged there."""
   for store in stores:
-    sequences = store.records('train')
-    for i in batches.spread(len(sequences), LOOKED_AT):
+    sequences = store.train()
+    for i in packing.spread(len(sequences), LOOKED_AT):
       found = cache.read(sequences[i]) is not None
       require(found, f'{sequences.path}: record {i}: not in the cache {cache.folder}; {_made_of(cache)}')
 
@@ -116,7 +116,7 @@ def _where(sequence: np.ndarray, stores: Sequence[Store]) -> str:
   """Which record of the stores it is, for a message; there are many, so this takes a while."""
   digest = records.fingerprint(sequence)
   for store in stores:
-    sequences = store.records('train')
+    sequences = store.train()
     for i in range(len(sequences)):
       if records.fingerprint(sequences[i]) == digest:
         return f'{sequences.path}: record {i} ({digest.hex()})'
@@ -191,7 +191,7 @@ class CachedDistill(TokenLoss):
     else:
       cache = Cache(expanded(self.cache), f'{self.kind}.cache')
       self._check_cache(cache, wanted, dataset, resources)
-    stores = [store for store in dataset.stores if 'train' in store.manifest['splits']]
+    stores = [store for store in dataset.stores if store.has('train')]
     look(cache, stores)
     flops = dataset.flops + cache.manifest['flops']
     return dataset._replace(joins=(*dataset.joins, joined(cache, stores, self.kind, self.k)), flops=flops)

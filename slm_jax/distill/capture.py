@@ -60,11 +60,11 @@ class Capture:
   @property
   def sequences(self) -> grain.MapDataset:
     """[2, L + 1] by index: the training sequences of all sources, in the order of the text."""
-    return grain.MapDataset.concatenate([grain.MapDataset.source(store.records('train')) for store in self.stores])
+    return grain.MapDataset.concatenate([grain.MapDataset.source(store.train()) for store in self.stores])
 
   @property
   def stores(self) -> list[Store]:
-    return [store for store in self.dataset.stores if 'train' in store.manifest['splits']]
+    return [store for store in self.dataset.stores if store.has('train')]
 
   @functools.cached_property
   def key(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from slm_jax import losses
 from slm_jax.config import Needs, require, setting
-from slm_jax.data import batches
+from slm_jax.data import batches, packing
 from slm_jax.data.batches import HostBatch
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.tokenizer import Tokenizer
@@ -79,13 +79,13 @@ class CrossDistill(TransformConfig):
     def join(sequences: Sequence[np.ndarray]) -> HostBatch:
       return alignment.entries(self.kind, [alignment.align(each, own, other, length) for each in sequences])
 
-    stores = [store for store in dataset.stores if 'train' in store.manifest['splits']]
-    notices = (*dataset.notices, *self._look([store.records('train') for store in stores], own, other, length))
+    stores = [store for store in dataset.stores if store.has('train')]
+    notices = (*dataset.notices, *self._look([store.train() for store in stores], own, other, length))
     return dataset._replace(joins=(*dataset.joins, join), valid_joins=(*dataset.valid_joins, join), notices=notices)
 
   def _look(self, sources: Sequence[Any], own: Any, other: Any, length: int) -> list[str]:
     """Tries some sequences. A notice if the teacher sees not all of their text; ConfigError if it sees too little."""
-    sample = [sequences[i] for sequences in sources for i in batches.spread(len(sequences), LOOKED_AT)]
+    sample = [sequences[i] for sequences in sources for i in packing.spread(len(sequences), LOOKED_AT)]
     found = [alignment.align(each, own, other, length) for each in sample]
     predicted = sum(float(batches.batch_of([each])['mask'].sum()) for each in sample)
     covered = sum(int((row.chunk > 0).sum()) for row in found) / max(predicted, 1)

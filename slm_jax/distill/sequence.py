@@ -63,7 +63,7 @@ class SequenceDistill(TransformConfig):
 
   def open(self, dataset: Dataset, resources: Resources) -> Dataset:
     texts = self._store(dataset, resources)
-    own = batches.order([texts.records('train')], (), dataset.config.seed)
+    own = batches.order([texts.train()], (), dataset.config.seed)
     mixed = grain.MapDataset.mix([dataset.train, own], [1 - self.share, self.share]) if self.share < 1 else own
     flops = dataset.flops + texts.manifest['flops']
     notices = (*dataset.notices, *texts.notices, *self._unfinished(texts))
@@ -111,14 +111,12 @@ class SequenceDistill(TransformConfig):
       nonlocal written, unfinished
       for prompt, text in texts:
         written, unfinished = written + len(text), unfinished + (text[-1] != tokens.eos)
-        yield Piece(text, None, prompt if dataset.config.prompt_end else 0)
+        yield Piece(text, prompt if dataset.config.prompt_end else 0)
 
-    wide = tokens.vocab_size > 1 << 16
-    facts = store.write(path / 'train.array_record', pieces(), dataset.config, tokens.pad, wide)
+    facts = store.write(path / 'train.array_record', pieces(), dataset.config, tokens)
     return {
       'key': key,
       'source': self.teacher,
-      'wide': wide,
       'splits': {'train': {'documents': self.documents, 'tokens': written, **facts}},
       'unfinished': int(unfinished),
       'about': [self.documents, self.teacher, limit],
@@ -157,7 +155,7 @@ class SequenceDistill(TransformConfig):
 def prompts_of(stores: Sequence[Store], bos: int, limit: int) -> list[np.ndarray]:
   """The prompts of the training documents, in their order: those that stand whole in a sequence, and in half of one."""
   found = []
-  for records in (its.records('train') for its in stores if 'train' in its.manifest['splits']):
+  for records in (its.train() for its in stores if 'train' in its.manifest['splits']):
     for i in range(len(records)):
       tokens, segments = records[i]
       ids, flagged = packing.documents(segments), segments >= packing.PROMPT

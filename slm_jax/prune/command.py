@@ -11,6 +11,7 @@ their parameters.
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def text_of(folder: Path, config: ModelConfig, options: flags.FlagValues, scratc
 def same_tokens(dataset: Dataset, folder: Path) -> Dataset:
   from slm_jax.checkpoint import load_tokenizer  # from a floor above
 
-  dataset.tokenizer.check_same(load_tokenizer(folder, dataset.tokenizer), f'--model={folder}', dataset.texts())
+  dataset.tokenizer.check_same(load_tokenizer(folder, dataset.tokenizer), f'--model={folder}', dataset.valid.texts(32))
   notices.show(dataset.notices)
   return dataset
 
@@ -128,9 +129,8 @@ def losses_of(
   """Nats a token of the whole model, and of it cut to each of the shapes, on held-out text."""
   from slm_jax import evaluate  # from a floor above
 
-  held_out: list[Any] = list(
-    dataset.valid_batches(min(dataset.config.batch_size, options.sequences), options.sequences)
-  )
+  n_bytes = math.ceil(options.sequences * dataset.config.seq_len * dataset.bytes_per_token)
+  held_out: list[Any] = list(dataset.valid_batches(min(dataset.config.batch_size, options.sequences), n_bytes))
 
   def loss(config: ModelConfig, params: Any) -> float:
     measure = evaluate.make_measure(decoder.build(config), dataset.tokenizer, losses.CHUNK)

@@ -81,7 +81,7 @@ def test_the_stand_in_is_the_arms_own_programs(tmp_path):
 def clock(config, once, step, eval_batch, save, start=0):
   """Times of a made-up loop: `(seconds at the end of each step, at the end of each evaluation, of the last save)`."""
   now, ends, evaluated, done = once, [], [], start
-  batches = -(-config.eval.sequences // config.data.batch_size)
+  batches = -(-config.eval.bytes // (config.data.batch_size * config.data.seq_len))
   while True:
     due = done % config.eval.every == 0 or done == config.train.steps
     if due:
@@ -100,7 +100,7 @@ def clock(config, once, step, eval_batch, save, start=0):
 def test_a_pace_adds_up_to_the_seconds_of_the_loop(compiled, steps, every, save_every):
   config = tiny.config(steps)
   config = dataclasses.replace(
-    config, eval=EvalConfig(every=every, sequences=20), run=RunConfig(checkpoint_every=save_every)
+    config, eval=EvalConfig(every=every, bytes=20 * 64), run=RunConfig(checkpoint_every=save_every)
   )
   pace = Pace(compiling=11.0, starting=2.0, step=0.5, eval_batch=0.1, save=0.3, steps=steps)
   *_, seconds = clock(config, 2.0 if compiled else 11.0, 0.5, 0.1, 0.3)

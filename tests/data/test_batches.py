@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.data import batches
+from slm_jax.data import batches, packing
 
 
 def sequences(n: int, part: int = 0, length: int = 6) -> list[np.ndarray]:
@@ -104,8 +104,9 @@ def test_hosts_share_one_global_batch(hosts):
   for step in (0, 7, 1000):
     parts = [batches.train_batch(order, step, 8, host, hosts) for host in range(hosts)]
     assert same(joined(parts), batches.train_batch(order, step, 8))
-  whole = list(batches.valid_batches(order, 8, range(21)))
-  parts = zip(*(batches.valid_batches(order, 8, range(21), host, hosts) for host in range(hosts)), strict=True)
+  order = sequences(21)
+  whole = list(batches.valid_batches(order, 8))
+  parts = zip(*(batches.valid_batches(order, 8, host, hosts) for host in range(hosts)), strict=True)
   assert all(same(joined(part), batch) for part, batch in zip(parts, whole, strict=True))
 
 
@@ -118,7 +119,7 @@ def test_steps_go_through_the_order_without_gap_or_overlap():
 @given(st.integers(1, 30), st.integers(1, 8))
 def test_valid_batches_are_in_order_and_of_one_shape(n, size):
   items = sequences(n)
-  found = list(batches.valid_batches(items, size, range(n)))
+  found = list(batches.valid_batches(items, size))
   assert {batch['inputs'].shape for batch in found} == {(size, 6)}
   both = joined(found)
   assert both['inputs'][:n, 0].tolist() == list(range(n))
@@ -128,7 +129,7 @@ def test_valid_batches_are_in_order_and_of_one_shape(n, size):
 
 @given(st.integers(1, 500), st.integers(0, 600))
 def test_spread_is_even(n, k):
-  found = batches.spread(n, k)
+  found = packing.spread(n, k)
   assert len(set(found)) == len(found) == (min(k, n) or n)
   assert found[0] == 0
   assert max(found) < n

@@ -32,26 +32,6 @@ def whole(tmp_path_factory):
   return open_data(config, tmp_path_factory.mktemp('cache'), print)
 
 
-def test_the_floor_is_that_of_precisely_the_texts_evaluated(whole):
-  for k in (0, 5):
-    batches = list(whole.valid_batches(4, k))
-    predicted = sum(int(batch['mask'].sum()) for batch in batches)
-    shown = [whole.valid[i] for i in range(len(whole.valid))]
-    if k:
-      shown = [shown[i * len(shown) // k] for i in range(k)]
-    nats = -sum(stories.log_prob(text) for text in texts(whole, shown))
-    assert whole.floor(k) == pytest.approx(nats / predicted, rel=1e-12)
-  assert 0.1 < whole.floor() < 1
-
-
-def test_bytes_per_token_and_byte_lengths_agree(whole):
-  n_bytes = tokens = 0
-  for batch in whole.valid_batches(8):
-    n_bytes += (whole.tokenizer.byte_lengths[batch['targets']] * batch['mask']).sum()
-    tokens += batch['mask'].sum()
-  assert whole.bytes_per_token == pytest.approx(n_bytes / tokens, rel=1e-9)
-
-
 def test_batches_are_the_training_text_and_a_function_of_the_step(whole, tmp_path):
   again = open_data(whole.config, tmp_path, print)  # another machine
   for step in (0, 3, 50):
@@ -59,21 +39,10 @@ def test_batches_are_the_training_text_and_a_function_of_the_step(whole, tmp_pat
     assert all(np.array_equal(a[name], b[name]) for name in a)
   with whole.batches(3) as ahead:
     assert np.array_equal(next(ahead)['inputs'], whole.batch(3)['inputs'])
-  train = {
-    text for s in (whole.train[i] for i in range(len(whole.stores[0].records('train')))) for text in texts(whole, [s])
-  }
-  valid = set(texts(whole, whole.valid))
+  train = {text for s in (whole.train[i] for i in range(len(whole.stores[0].train()))) for text in texts(whole, [s])}
+  valid = {part.text for part in whole.valid}
   assert (len(train), len(valid)) == (270, 30)
   assert not train & valid
-
-
-def test_there_is_no_floor_where_documents_are_cut_or_not_known(tmp_path):
-  cut = {'documents': 50, 'seq_len': 64, 'packing': 'whole'}  # bytes: no story fits
-  for options in ({'packing': 'split', 'seq_len': 600, 'documents': 50}, cut):
-    assert open_data(DataConfig(**options), tmp_path, print).floor() is None
-  (tmp_path / 'a.txt').write_text('some text that no grammar knows')
-  mixed = DataConfig(sources=('stories', str(tmp_path / 'a.txt')), documents=50, packing='whole', seq_len=700)
-  assert open_data(mixed, tmp_path, print).floor() is None
 
 
 def test_hosts_have_their_rows(whole):
@@ -136,7 +105,7 @@ def test_text_that_spells_special_tokens_is_text(tmp_path):
   for options in ({}, {'tokenizer': 'sentencepiece', 'vocab_size': 275}):
     config = DataConfig(sources=(str(tmp_path / 'a.txt'),), packing='whole', seq_len=1200, **options)
     dataset = open_data(config, tmp_path, print)
-    found = texts(dataset, [dataset.train[0]]) + texts(dataset, dataset.valid)
+    found = texts(dataset, [dataset.train[0]]) + texts(dataset, dataset.valid.packed().sequences)
     assert ''.join(found) == text
 
 
@@ -150,9 +119,8 @@ def test_books_are_read_packed_and_compressed(tmp_path):
   assert (facts['train']['documents'], facts['valid']['documents']) == (150, 150)
   assert facts['train']['padding'] < 0.01
   assert 2.5 < dataset.bytes_per_token < 4
-  assert dataset.floor() is None
   assert dataset.batch(0)['mask'].mean() > 0.9
-  text = dataset.tokenizer.decode(dataset.valid[0][0])
+  text = dataset.valid[0].text
   assert sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)
 
 

@@ -14,8 +14,8 @@ from slm_jax.data.packing import Piece
 PACK = {'split': packing.split, 'whole': packing.whole}
 
 
-def opened(tmp_path, texts, **settings):
-  for split, part in (('train', ['=7']), ('valid', texts)):  # another one: what is held out is not trained on
+def opened(tmp_path, texts, train=(), **settings):
+  for split, part in (('train', ['=7', *train]), ('valid', texts)):  # another one: what is held out is not trained on
     lines = ''.join(f'{{"text": "{text}"}}\n' for text in part)
     (tmp_path / f'{split}.jsonl').write_text(lines)
   config = DataConfig(sources=(str(tmp_path),), batch_size=1, **settings)
@@ -36,7 +36,7 @@ def test_predicted_is_what_follows_the_first_marker_and_the_end(tmp_path, packin
   after = [text.partition('=')[2] for text in texts]
   expected = [[*dataset.tokenizer.encode(text), dataset.tokenizer.eos] for text in after]
   assert sorted(found) == sorted(sum(expected, []))
-  assert dataset.bytes_per_token == pytest.approx(sum(map(len, after)) / len(found))
+  assert dataset.valid.packed().bytes == sum(map(len, after))
   assert all(batch['segments'].max() < 100 for batch in rows(dataset))  # no flags
 
 
@@ -47,7 +47,7 @@ def test_predicted_is_what_follows_the_first_marker_and_the_end(tmp_path, packin
 )
 def test_cut_anywhere_each_token_after_the_prompt_is_predicted_once(pack, documents, length):
   ends = np.cumsum([n for n, _ in documents])
-  pieces = [Piece(np.arange(end - n, end) + 1, None, prompt) for (n, prompt), end in zip(documents, ends, strict=True)]
+  pieces = [Piece(np.arange(end - n, end) + 1, prompt) for (n, prompt), end in zip(documents, ends, strict=True)]
   found = []
   for record in PACK[pack](pieces, length, 0):
     found += record.tokens[1:][packing.mask(record.segments)].tolist()
@@ -55,15 +55,16 @@ def test_cut_anywhere_each_token_after_the_prompt_is_predicted_once(pack, docume
 
 
 def test_single_is_one_document_a_row_padded_on_the_right(tmp_path):
-  texts = ['ab', 'c', 'defg']
-  dataset = opened(tmp_path, texts, packing='single', seq_len=7)
+  texts = ['a=b', '=', 'd=efg']
+  dataset = opened(tmp_path, texts, packing='single', seq_len=7, prompt_end='=')
   assert len(rows(dataset)) == 3
   for text, batch in zip(texts, rows(dataset), strict=True):
-    n = len(text) + 1  # predictions
+    n, prompt = len(text) + 1, text.index('=') + 1  # predictions, with those of the prompt
     assert batch['segments'][0].tolist() == [1] * (n + 1) + [0] * (6 - n)
-    assert batch['mask'][0].tolist() == [1] * n + [0] * (7 - n)
-  with pytest.raises(ConfigError, match='document 3 has 6 tokens, data.seq_len=4 . 1 allowed'):
-    opened(tmp_path, texts, packing='single', seq_len=4)
+    assert batch['mask'][0].tolist() == [0] * prompt + [1] * (n - prompt) + [0] * (7 - n)
+  for parts in ((['=a', *texts], ()), (['=a'], ['=8', *texts])):
+    with pytest.raises(ConfigError, match=r'document [45] has 7 tokens, data.seq_len=5 . 1 allowed'):
+      opened(tmp_path, *parts, packing='single', seq_len=5, prompt_end='=')
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def opened(cache: Path, config: DataConfig = CONFIG):
 
 
 def content(store) -> list:
-  return [record.tolist() for split in ('train', 'valid') for record in store.records(split)]
+  return [*(record.tolist() for record in store.train()), *store.valid()[0]]
 
 
 def never(path: Path):
@@ -43,20 +43,22 @@ def test_a_store_holds_the_text(tmp_path):
   tokenizer = Bytes()
   (source,) = sources.open_sources(CONFIG)
   found = list(sources.documents(source, CONFIG, Report('strict')))
-  for split in ('train', 'valid'):
-    records = store.records(split)
-    facts = store.manifest['splits'][split]
-    texts = [document.text for its, document in found if its == split]
-    tokens = np.stack([records[i][0] for i in range(len(records))])
-    segments = np.stack([records[i][1] for i in range(len(records))])
-    mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    assert tokenizer.decode(tokens[:, 1:][mask]) == ''.join(texts)
-    assert facts['documents'] == len(texts)
-    assert facts['bytes'] == sum(len(text.encode()) for text in texts)
-    assert facts['tokens'] == facts['bytes'] + 2 * facts['documents']
-    assert facts['predicted'] == mask.sum() == facts['bytes'] + facts['documents']
-    assert facts['records'] == len(records)
-    assert facts['padding'] == (segments == 0).mean()
+  texts = {split: [document.text for its, document in found if its == split] for split in ('train', 'valid')}
+  records, facts = store.train(), store.manifest['splits']['train']
+  tokens = np.stack([records[i][0] for i in range(len(records))])
+  segments = np.stack([records[i][1] for i in range(len(records))])
+  mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  assert tokenizer.decode(tokens[:, 1:][mask]) == ''.join(texts['train'])
+  assert facts['tokens'] == facts['bytes'] + 2 * facts['documents']
+  assert facts['predicted'] == mask.sum() == facts['bytes'] + facts['documents']
+  assert facts['records'] == len(records)
+  assert facts['padding'] == (segments == 0).mean()
+  parts, size = store.valid()
+  assert [part.text for part in parts] == texts['valid']
+  assert size == store.manifest['splits']['valid']['bytes']
+  for split, facts in store.manifest['splits'].items():
+    assert facts['documents'] == len(texts[split])
+    assert facts['bytes'] == sum(len(text.encode()) for text in texts[split])
   assert said == []
 
 
@@ -65,7 +67,7 @@ def test_a_record_of_more_documents_than_16_bits_count_is_stored_whole(tmp_path)
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "a"}\n' * n + '{"text": "b"}\n')
   store, _ = opened(tmp_path / 'cache', DataConfig(sources=(str(path),), seq_len=3 * n - 1))
-  (tokens, segments) = store.records('train')[0]
+  (tokens, segments) = store.train()[0]
   assert packing.mask(segments).sum() == store.manifest['splits']['train']['predicted'] == 2 * n
   assert Bytes().decode(tokens) == 'a' * n
 
@@ -136,7 +138,7 @@ def test_a_damaged_store_is_built_again_and_that_is_said(tmp_path, name):
 
 def test_a_record_damaged_while_it_is_used_is_named(tmp_path):
   store, _ = opened(tmp_path)
-  records = store.records('train')
+  records = store.train()
   path = store.path / 'train.array_record'
   data = bytearray(path.read_bytes())
   half = len(data) // 2
@@ -148,7 +150,7 @@ def test_a_record_damaged_while_it_is_used_is_named(tmp_path):
   writer.write(b'too short')
   writer.close()
   with pytest.raises(ConfigError, match=r'record 0 has 9 bytes, expected 390'):
-    store.records('train')[0]
+    store.train()[0]
 
 
 @pytest.mark.parametrize('how', ['python', 'array_record'])
@@ -222,7 +224,7 @@ print('ready', flush=True)
 sys.stdin.readline()
 store = open_store(*sources.open_sources(config), config, Bytes(), Path(sys.argv[1]), print)
 assert not {'jax', 'grain'} & set(sys.modules), 'a store is read without jax'
-print(store.records('train')[0].sum())
+print(store.train()[0].sum())
 """
 
 
@@ -289,9 +291,13 @@ def test_large_vocabularies_are_stored_whole(tmp_path):
   class Wide(Bytes):
     vocab_size = 100_000
 
-    def encode(self, text):
+    def __init__(self):
+      super().__init__()
+      self.spelling = [b'x'] * self.vocab_size
+
+    def encode(self, text, inside=False):
       return [70_000 + b for b in text.encode()]
 
   (source,) = sources.open_sources(CONFIG)
   store = open_store(source, CONFIG, Wide(), tmp_path, print)
-  assert store.records('train')[0][0].max() > 70_000
+  assert store.train()[0][0].max() > 70_000

@@ -16,7 +16,7 @@ from slm_jax import metrics, train
 from slm_jax.ablate import cost, measure, population
 from slm_jax.checkpoint import load_model
 from slm_jax.config import ConfigError, check, override, semantic_hash
-from slm_jax.data.batches import spread
+from slm_jax.data.packing import spread
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.distill import capture
 from slm_jax.distill.cached import LOOKED_AT, Cache, CachedDistill
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures('one_fake_device')  # a population does not
 
 
 def base(*transforms, **changes):
-  return override(tiny.config(20), {'transforms': transforms, 'eval.sequences': 8, 'eval.samples': 0, **changes})
+  return override(tiny.config(20), {'transforms': transforms, 'eval.bytes': 500, 'eval.samples': 0, **changes})
 
 
 @pytest.fixture(scope='module')
@@ -260,7 +260,7 @@ def test_one_flipped_token_is_an_error_that_names_the_record(workdir, folder, tm
   shutil.copytree(workdir / 'data', tmp_path / 'data')
   job = train.prepare(base(given(folder)), tmp_path, tmp_path)
   (store,) = job.dataset.stores
-  n = len(store.records('train'))
+  n = len(store.train())
   assert spread(n, LOOKED_AT)[:2] == [0, n // LOOKED_AT] != [0, 7]
   flip_a_token(store.path, at)
 
@@ -279,7 +279,7 @@ def test_one_flipped_token_is_an_error_that_names_the_record(workdir, folder, tm
 def test_a_flipped_byte_of_the_cache_is_never_read(workdir, folder, tmp_path):
   """Anywhere in its files: either all is read as it was (a byte of no meaning), or an error names the place."""
   dataset = train.prepare(base(), workdir, workdir).dataset
-  sequences = [dataset.train[i] for i in range(len(dataset.stores[0].records('train')))]
+  sequences = [dataset.train[i] for i in range(len(dataset.stores[0].train()))]
   whole = list(map(Cache(folder).read, sequences))
   broken, named = tmp_path / 'broken', 0
   shutil.copytree(folder, broken)

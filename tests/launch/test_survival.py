@@ -35,7 +35,7 @@ from slm_jax.experiment import EvalConfig
 
 def config():
   base = tiny.config(60)
-  model, rarely = dataclasses.replace(base.model, n_layers=1), EvalConfig(every=20, sequences=8, samples=0)
+  model, rarely = dataclasses.replace(base.model, n_layers=1), EvalConfig(every=20, bytes=500, samples=0)
   run = dataclasses.replace(base.run, checkpoint_every=10, population=False)  # populations: equal but for rounding
   return dataclasses.replace(base, name='', model=model, transforms=(), eval=rarely, run=run)
 

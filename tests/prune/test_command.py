@@ -54,7 +54,7 @@ def test_the_best_shape_is_first_and_an_arm_of_it_starts_with_that_loss(workdir,
   line = out.splitlines()[-1]
   assert line.startswith('best: an arm with init.arm=dense, --config.init.by=activations and --config.model.')
   best = dict(re.findall(r'--config\.(\S+)=(\S+)', line))
-  start = {'name': 'cut', 'init.arm': 'dense', 'train.steps': 0, 'init.sequences': 16, 'eval.sequences': 16}
+  start = {'name': 'cut', 'init.arm': 'dense', 'train.steps': 0, 'init.sequences': 16, 'eval.bytes': 1000}
   assert train.run(override(base, {**start, **best}), folder, 'cut') == EXIT_DONE
   summary = json.loads((folder / 'arms' / 'cut' / 'run.json').read_text())['summary']
   assert summary['loss'] == pytest.approx(losses[0], abs=1e-4)
