@@ -44,10 +44,6 @@ class EvalConfig:
   temperature: float = 1.0
   prompt: str = ''
 
-  needs: ClassVar[Needs] = dict.fromkeys(
-    ('sample_tokens', 'temperature', 'prompt'), (lambda its: its.samples, 'samples')
-  )
-
   def check(self, key: str) -> None:
     require(self.every > 0, f'{key}.every={self.every}: must be positive')
     for name in ('bytes', 'samples', 'sample_tokens', 'temperature'):

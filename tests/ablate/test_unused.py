@@ -48,7 +48,6 @@ SETTINGS = {  # {what is refused: the arms of a sweep}
   'model.rope_local_theta=3.0: has no effect without positions=rope and a window': [{'model.rope_local_theta': 3.0}],
   'model.global_every=3: has no effect without a window': [{'model.global_every': 3}],
   'model.qk_norm_eps=0.1: has no effect without qk_norm': [{'model.qk_norm_eps': 0.1}],
-  'eval.temperature=0.5: has no effect without samples': [{'eval.temperature': 0.5, 'eval.samples': 0}],
   'transforms.distill.mix=0.1: has no effect without divergence=jsd, normalized_jsd': taught(
     Distill('teacher', mix=0.1)
   ),
