@@ -86,7 +86,17 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   words, first, files = which(options, overrides), baseline(module, chosen.arms), experiment_files(module)
   choice = [f'--{name}={options[name].value}' for name in ('only', 'exclude', 'limit') if options[name].value]
   plan = Plan(
-    module, workdir, chosen.arms, words, first, everyone, adoptable, choice=choice, files=files, code=hash_files(files)
+    module,
+    workdir,
+    chosen.arms,
+    words,
+    first,
+    everyone,
+    adoptable,
+    choice=choice,
+    files=files,
+    code=hash_files(files),
+    own_train=train is not None,
   )
   chosen_engine.check(plan, options)
   budgets.check(options)
@@ -142,7 +152,10 @@ def run_all(
     print_best(plan, options)
     return EXIT_DONE
   about = f'a search for {options.search} trials, so far ' if options.search else ''
-  print(f'{plan.name}: {about}{n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing)} to run')
+  again = sum(plan.is_done(arm.arm_id) for arm in missing)
+  words = f'{n} arms in {plan.workdir}, {n - len(missing)} done, {len(missing) - again} to run'
+  words += f', {again} to evaluate again, since settings of evaluation have changed' * (again > 0)
+  print(f'{plan.name}: {about}{words}')
   plan = budgets.within(plan, options)
   plan = plan._replace(baseline=baseline(plan.module, plan.arms))
   if train is None:
@@ -192,7 +205,7 @@ def unfinished(plan: Plan, options: flags.FlagValues) -> list[Arm]:
   """The arms to run. To a search, that a run diverged is a result like another: it is not tried again."""
   if options.search:
     return [arm for arm in plan.arms if outcome(plan.workdir, arm.arm_id) is None]
-  return [arm for arm in plan.arms if not plan.is_done(arm.arm_id)]
+  return [arm for arm in plan.arms if not plan.is_finished(arm.arm_id)]
 
 
 def run_some(plan: Plan, arms: Sequence[Arm], options: flags.FlagValues, train: worker.Train | None) -> int:
@@ -206,7 +219,7 @@ def note(plan: Plan, arms: Sequence[Arm]) -> None:
   """Sees to it that what is about to run can be, and stands in experiment.json."""
   own = {arm.arm_id for arm in arms}
   for arm in arms:
-    if plan.is_done(arm.arm_id):
+    if plan.is_finished(arm.arm_id):
       print(f'{arm.name} ({arm.arm_id}) is done; nothing to do')
       continue
     for parent in arm.parents.values():

@@ -198,12 +198,12 @@ def send(plan: Plan) -> Path:
 
 
 def is_done(plan: Plan, unit: Unit, patience: float = 0) -> bool:
-  """Whether all arms of the unit are done. patience: seconds that a network share may take to show it."""
+  """Whether all arms of the unit are finished. patience: seconds that a network share may take to show it."""
   end = time.monotonic() + patience
   while True:
     for arm_id in unit.arms:  # listing a folder makes NFS look again
       folder = workdirs.folder(plan.workdir, arm_id)
-      if not folder.is_dir() or 'DONE' not in os.listdir(folder):
+      if not folder.is_dir() or 'DONE' not in os.listdir(folder) or not plan.is_finished(arm_id):
         break
     else:
       return True
@@ -214,15 +214,15 @@ def is_done(plan: Plan, unit: Unit, patience: float = 0) -> bool:
 
 def can_start(plan: Plan, unit: Unit) -> bool:
   """Whether all that one of its arms builds on is done. Of the others its worker says that they are blocked."""
-  parents = [arm.parents.values() for arm in plan.arms if arm.arm_id in unit.arms]
-  return any(all(plan.is_done(parent) for parent in its) for its in parents)
+  arms = [arm for arm in plan.arms if arm.arm_id in unit.arms]
+  return any(plan.is_done(arm.arm_id) or all(map(plan.is_done, arm.parents.values())) for arm in arms)
 
 
 def why(plan: Plan, unit: Unit) -> str:
   """What the arms of a unit that are not done say in their run.json."""
   said = []
   for arm_id in unit.arms:
-    if not plan.is_done(arm_id):
+    if not plan.is_finished(arm_id):
       run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
       said.append(
         f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if run.get('error') else '')

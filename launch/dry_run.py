@@ -10,6 +10,9 @@ from slm_jax.ablate.cost import Cost, Device
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import SEEDS
 
+# {(is it done, is it finished): word}; done and not finished is evaluated again
+STATES = {(False, False): 'missing', (True, False): 'evaluate', (True, True): 'done'}
+
 
 def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
   """The table of the plan's arms, and what those that are missing take. on, paces: see `cost.predict`."""
@@ -22,7 +25,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
     differs = [f'{key}={show_apart(pair)[1]}' for key, pair in arm.diff.items() if key not in SEEDS]
     rows.append(
       (
-        'done' if plan.is_done(arm.arm_id) else 'missing',
+        STATES[plan.is_done(arm.arm_id), plan.is_finished(arm.arm_id)],
         arm.arm_id,
         arm.name,
         str(arm.config.seed),

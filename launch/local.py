@@ -60,7 +60,7 @@ def run(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> int:
 def places_of(plan: Plan, options: flags.FlagValues) -> list[Place]:
   """Where the workers run; no more places than arms that are missing."""
   kind, devices = places.accelerators()
-  runs = [arm.config.run for arm in plan.arms if not plan.is_done(arm.arm_id)]
+  runs = [arm.config.run for arm in plan.arms if not plan.is_finished(arm.arm_id)]
   an_arm = max((max(1, run.data_parallel) * run.fsdp * run.tensor for run in runs), default=1)
   split_tpu = kind == 'tpu' and an_arm > 1  # over chips of which a worker has one, and this process all
   require(

@@ -41,6 +41,9 @@ class Plan(NamedTuple):
   choice: Sequence[str] = ()  # of the command line, what chose among the arms: --only, --exclude, --limit
   files: Mapping[str, Path] = {}  # of the experiment and what it imports, see `revision.experiment_files`
   code: Mapping[str, str] = {}  # hashes of their content when the launch began
+  own_train: bool = (
+    False  # whether something else than slm_jax.train trains the arms: it decides how they are evaluated
+  )
 
   @property
   def name(self) -> str:
@@ -53,6 +56,13 @@ class Plan(NamedTuple):
 
   def is_done(self, arm_id: str) -> bool:
     return arm_id not in self.again and workdirs.is_done(self.workdir, self.adoptable.get(arm_id, arm_id))
+
+  def is_finished(self, arm_id: str) -> bool:
+    """Whether the arm is done, and was evaluated as is asked for now."""
+    if self.own_train:
+      return self.is_done(arm_id)
+    folder, asked = self.adoptable.get(arm_id, arm_id), self.everyone[arm_id].config.eval
+    return self.is_done(arm_id) and workdirs.is_evaluated(self.workdir, folder, asked)
 
   def command(self, *arm_ids: str) -> str:
     """One shell line that runs these arms; the same on every engine."""
@@ -113,13 +123,15 @@ class Plan(NamedTuple):
 
 
 def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Unit]:
-  """The missing arms of a plan as units of work, parents first. The arms of a unit do not build on each other.
+  """Returns the arms of a plan that are not finished as units of work, parents first.
+
+  The arms of a unit do not build on each other.
 
   arms_per_job: so many arms, such as can share a program beside each other, are run by one worker. A unit has the same
     name when some of its arms are done: by it, the next launch knows that it runs. 0: arms that can share a program are
     shared out among so many workers; one arm a worker if their number is not known.
   """
-  missing = {arm.arm_id: arm for arm in plan.arms if not plan.is_done(arm.arm_id)}
+  missing = {arm.arm_id: arm for arm in plan.arms if not plan.is_finished(arm.arm_id)}
   cut = list(plan.arms if arms_per_job else missing.values())
   level: dict[str, int] = {}  # the longest way to an arm from one without parents
   for arm in cut:

@@ -74,7 +74,7 @@ def run(
   if asked:
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
-  return EXIT_DONE if all(plan.is_done(arm.arm_id) for arm in plan.arms) else EXIT_FAILED
+  return EXIT_DONE if all(plan.is_finished(arm.arm_id) for arm in plan.arms) else EXIT_FAILED
 
 
 class Pool:
@@ -110,8 +110,8 @@ class Pool:
         self._start(unit, arms)
 
   def _to_run(self, unit: Unit) -> list[str]:
-    """Its arms that are not done, and do not build on one that is not."""
-    return [arm_id for arm_id in unit.arms if not self._is_done(arm_id) and not self._blockers(self._arms[arm_id])]
+    """Its arms that are not finished, and do not build on one that is not done."""
+    return [arm_id for arm_id in unit.arms if not self._is_finished(arm_id) and not self._blockers(arm_id)]
 
   def _start(self, unit: Unit, arms: Sequence[str]) -> None:
     place = self._free.pop(0)
@@ -155,9 +155,9 @@ class Pool:
     """Says what became of each of its arms."""
     self._ended.add(unit.name)
     for arm in (self._arms[arm_id] for arm_id in unit.arms):
-      if self._is_done(arm.arm_id):
+      if self._is_finished(arm.arm_id):
         words = outcome(self._plan.workdir, arm, EXIT_DONE)
-      elif blockers := self._blockers(arm):
+      elif blockers := self._blockers(arm.arm_id):
         words = f'blocked, {", ".join(blockers)} is not done'
       else:
         self.failed = True
@@ -184,11 +184,13 @@ class Pool:
 
   # ---- what it goes by
 
-  def _is_done(self, arm_id: str) -> bool:
-    return self._plan.is_done(arm_id)
+  def _is_finished(self, arm_id: str) -> bool:
+    return self._plan.is_finished(arm_id)
 
-  def _blockers(self, arm: Arm) -> list[str]:
-    return [parent for parent in dict.fromkeys(arm.parents.values()) if not self._is_done(parent)]
+  def _blockers(self, arm_id: str) -> list[str]:
+    """What the arm still needs. One that is done needs nothing: it is only evaluated."""
+    parents = () if self._plan.is_done(arm_id) else dict.fromkeys(self._arms[arm_id].parents.values())
+    return [parent for parent in parents if not self._plan.is_done(parent)]
 
   def _title(self, unit: Unit) -> str:
     one = self._arms[unit.arms[0]].title

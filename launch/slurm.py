@@ -146,7 +146,7 @@ def check_data(plan: Plan) -> None:
   """ConfigError if the data cannot serve an arm; then the workdir is as it was. Tokenises, and prints notices."""
   from slm_jax.data.dataset import open_data  # heavy
 
-  missing = (arm.config for arm in plan.arms if not plan.is_done(arm.arm_id))
+  missing = (arm.config for arm in plan.arms if not plan.is_finished(arm.arm_id))
   wanted = dict.fromkeys((dataclasses.replace(its.data, seed=0), its.model.vocab_size) for its in missing)
   try:
     for data, vocab_size in wanted:

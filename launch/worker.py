@@ -41,20 +41,25 @@ def run_arms(
   admit: says why an arm may not be started, '' if it may; after the first that may not, none is.
   """
   titles = {arm.arm_id: f'[{i}/{len(arms)}] {arm.title}' for i, arm in enumerate(arms, 1)}
-  waiting = [arm for arm in arms if not _is_done(arm.arm_id, workdir)]
+  is_finished = functools.partial(_is_finished, workdir=workdir, own_train=train is not None)
+  waiting = [arm for arm in arms if not is_finished(arm)]
   say = say if distributed.is_main() else lambda line: None
   try:
     with sigterm_like_ctrl_c():
       while ready := [arm for arm in waiting if not _waits_for(arm, workdir)]:
-        group, refusal = _admitted([ready[0]] if train else _population(ready), admit)
-        if refusal:
-          say(f'{titles[ready[0].arm_id]}: not started, {refusal}; {len(waiting)} arms are left')
-          waiting = []
-          break
+        if _is_done(ready[0].arm_id, workdir):
+          group, how, word = [ready[0]], _evaluate_again, 'is evaluated again'
+        else:
+          group, refusal = _admitted([ready[0]] if train else _population(ready, workdir), admit)
+          how, word = train or _default_train(code), 'starts'
+          if refusal:
+            say(f'{titles[ready[0].arm_id]}: not started, {refusal}; {len(waiting)} arms are left')
+            waiting = []
+            break
         for arm in group:
-          say(f'{titles[arm.arm_id]}: starts' + (f', in one program with {len(group) - 1} more' if group[1:] else ''))
+          say(f'{titles[arm.arm_id]}: {word}' + (f', in one program with {len(group) - 1} more' if group[1:] else ''))
           waiting.remove(arm)
-        codes = _run_group(group, workdir, train, code)
+        codes = _run_group(group, workdir, how, code)
         for arm in group:
           if codes[arm.arm_id] != EXIT_PREEMPTED:
             say(f'{titles[arm.arm_id]}: {outcome(workdir, arm, codes[arm.arm_id])}')
@@ -71,7 +76,13 @@ def run_arms(
   except KeyboardInterrupt:
     say('stopped; launch again to go on from here')
     return EXIT_PREEMPTED
-  return EXIT_DONE if all(_is_done(arm.arm_id, workdir) for arm in arms) else EXIT_FAILED
+  return EXIT_DONE if all(map(is_finished, arms)) else EXIT_FAILED
+
+
+def _is_finished(arm: Arm, workdir: Path, own_train: bool = False) -> bool:
+  """Whether the arm is done, and was evaluated as is asked for now (by its own `train`, however that did it)."""
+  as_asked = distributed.on_main(workdirs.is_evaluated, workdir, arm.arm_id, arm.config.eval)
+  return _is_done(arm.arm_id, workdir) and (own_train or as_asked)
 
 
 def _is_done(arm_id: str, workdir: Path) -> bool:
@@ -80,10 +91,13 @@ def _is_done(arm_id: str, workdir: Path) -> bool:
 
 
 def _waits_for(arm: Arm, workdir: Path) -> list[str]:
+  """What the arm still needs. One that is done needs nothing: it is only evaluated."""
+  if _is_done(arm.arm_id, workdir):
+    return []
   return [parent for parent in arm.parents.values() if not _is_done(parent, workdir)]
 
 
-def _population(ready: Sequence[Arm]) -> list[Arm]:
+def _population(ready: Sequence[Arm], workdir: Path) -> list[Arm]:
   """The first of the arms, and those that can train with it in one program."""
   import jax
 
@@ -91,7 +105,7 @@ def _population(ready: Sequence[Arm]) -> list[Arm]:
   one_device = jax.device_count() == 1 or run.data_parallel * run.fsdp * run.tensor == 1
   if not one_device or jax.process_count() > 1:
     return [ready[0]]
-  by_id = {arm.arm_id: arm for arm in ready}
+  by_id = {arm.arm_id: arm for arm in ready if not _is_done(arm.arm_id, workdir)}
   return [by_id[arm_id] for arm_id in groups({i: arm.config for i, arm in by_id.items()})[0]]
 
 
@@ -113,7 +127,7 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
   seen = set()
   try:
     with workdirs.writing(workdir):
-      for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
+      for config in (arm.config for arm in arms if not _is_finished(arm, workdir)):
         data = dataclasses.replace(config.data, seed=0)
         key = (data, config.model.vocab_size, config.run, config.train.accumulate)
         if key not in seen:
@@ -127,7 +141,7 @@ def preflight(arms: Sequence[Arm], workdir: Path) -> None:
     raise
 
 
-def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None, code: Mapping[str, str]) -> dict[str, int]:
+def _run_group(group: Sequence[Arm], workdir: Path, train: Train, code: Mapping[str, str]) -> dict[str, int]:
   """The exit code of every arm; whatever is raised is shown here, so that other arms can go on."""
   codes: dict[str, int] = {}
   with contextlib.ExitStack() as locks:
@@ -146,7 +160,7 @@ def _run_group(group: Sequence[Arm], workdir: Path, train: Train | None, code: M
         if members[1:]:
           codes |= _train_together()({arm_id: mine[arm_id] for arm_id in members}, workdir, code)
         else:
-          codes[members[0]] = (train or _default_train(code))(mine[members[0]], workdir, members[0])
+          codes[members[0]] = train(mine[members[0]], workdir, members[0])
       except Exception as error:
         codes |= dict.fromkeys(members, EXIT_FAILED)
         if isinstance(error, ConfigError):
@@ -163,10 +177,19 @@ def _train_together() -> Callable[..., dict[str, int]]:
   return run
 
 
-def _default_train(code: Mapping[str, str]) -> Train:
-  from slm_jax.train import run  # heavy, and not needed where all is done
+def _evaluate_again(config: 'Config', workdir: Path, arm_id: str) -> int:
+  from slm_jax import reevaluate  # heavy, as is training
 
-  return functools.partial(run, code=code)
+  return reevaluate.run(config, workdir, arm_id)
+
+
+def _default_train(code: Mapping[str, str]) -> Train:
+  def train(config: 'Config', workdir: Path, arm_id: str) -> int:
+    from slm_jax.train import run  # heavy, and not needed where all is done
+
+    return run(config, workdir, arm_id, code)
+
+  return train
 
 
 def outcome(workdir: Path, arm: Arm, code: int) -> str:

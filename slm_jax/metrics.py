@@ -60,6 +60,10 @@ class MetricLog:
     self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
     self._sinks, self._warn = list(sinks), warn
 
+  def keep_evaluations(self, tokens: float) -> None:
+    """Forgets evaluations on other text, before a setting of evaluation was changed: on another number of tokens."""
+    self.evaluated = {k: line for k, line in self.evaluated.items() if line.get('tokens_evaluated') == tokens}
+
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
     """Non-finite numbers are written as null: JSON knows no NaN."""
     record = {'step': step, 'kind': kind} | {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -39,7 +39,10 @@ from slm_jax.record import Record
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
 # Of the last evaluation, and of the books; exact_match is there if the data have completions.
-REPORTED = ('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'exact_match', 'ece', 'tokens', 'seconds')
+REPORTED = (
+  *('loss', 'bits_per_byte', 'perplexity', 'accuracy', 'exact_match', 'ece', 'tokens_evaluated'),
+  *('tokens', 'seconds'),
+)
 
 Place = Callable[[Any], Any]  # host arrays -> device arrays
 
@@ -274,6 +277,7 @@ def train(job: Job, stop: Preemption, arm_id: str) -> dict[str, Any]:
     step = int(state.step)
     sinks = metrics.sinks(config, job.folder, arm_id, logging.warning)
     log = metrics.MetricLog(job.folder / 'metrics.jsonl', step, sinks, logging.warning)
+    log.keep_evaluations(job.dataset.valid.packed(config.eval.bytes).tokens)
     ledger = Ledger(log, config, job.flops, step, record, starting=time.perf_counter() - job.began)
     trace = observe.Trace(job.folder / 'profile', config.run.profile)
     if config.run.dump:
@@ -325,25 +329,12 @@ def valid_batches(job: Job) -> Iterator[Batch]:
 
 def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[str, Any]:
   """Writes the finished model and samples of its text; returns what goes into the results table."""
-  config, dataset = job.config, job.dataset
-  if results['loss'] is None:
-    raise Diverged('the last evaluation: loss not finite; the last checkpoint is kept')
+  config = job.config
   params = jax.jit(job.final)(state)
-  save_model(job.folder / 'model', config.model, params, dataset.tokenizer)
-  samples = evaluate.samples(config, params, dataset.tokenizer)
-  if distributed.is_main():
-    write_json(job.folder / 'samples.json', samples)
-  text = dataset.valid.packed(config.eval.bytes)
-  context = Context(state.step, jax.random.PRNGKey(config.seed), state.hparams, {**job.frozen, **job.witnesses()})
-  judge = jax.jit(job.judge, out_shardings=job.layout.step)
+  measured = assess(job, params, results, state)
+  save_model(job.folder / 'model', config.model, params, job.dataset.tokenizer)
   return {
-    **{k: results[k] for k in REPORTED if k in results},
-    **evaluate.judged(judge, state.slots, params, valid_batches(job), context),
-    'floor': text.floor,
-    'gap': None if text.floor is None else results['loss'] - text.floor,
-    'tokenizer': dataset.tokenizer.fingerprint,
-    'held_out': text.digest,
-    'bytes': results['tokens'] * dataset.bytes_per_token,
+    **measured,
     'flops': results['tokens'] * job.flops,
     'hardware_flops': config.train.steps * hardware_flops(job) if config.train.steps else 0.0,
     'parameters': parameter_count(config.model),
@@ -352,6 +343,33 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
     **energy.bill(results, config.run.price),
     **goodput(results),
     'peak_bytes': observe.peak_bytes(),
+  }
+
+
+def assess(job: Job, params: Params, results: Mapping[str, float], state: TrainState | None) -> dict[str, Any]:
+  """Writes samples of a finished model's text; returns what is reported of its last evaluation.
+
+  state: if it is not known any more, what the transforms measure by it is left out.
+  """
+  config, dataset = job.config, job.dataset
+  if results['loss'] is None:
+    raise Diverged('the last evaluation: loss not finite; the last checkpoint is kept')
+  samples = evaluate.samples(config, params, dataset.tokenizer)
+  if distributed.is_main():
+    write_json(job.folder / 'samples.json', samples)
+  text, more = dataset.valid.packed(config.eval.bytes), {}
+  if state is not None:
+    context = Context(state.step, jax.random.PRNGKey(config.seed), state.hparams, {**job.frozen, **job.witnesses()})
+    measure = jax.jit(job.judge, out_shardings=job.layout.step)
+    more = evaluate.judged(measure, state.slots, params, valid_batches(job), context)
+  return {
+    **{k: results[k] for k in REPORTED if k in results},
+    **more,
+    'floor': text.floor,
+    'gap': None if text.floor is None else results['loss'] - text.floor,
+    'tokenizer': dataset.tokenizer.fingerprint,
+    'held_out': text.digest,
+    'bytes': results['tokens'] * dataset.bytes_per_token,
   }
 
 

@@ -56,7 +56,8 @@ def adopt(workdir: Path, arms: Iterable[Arm], found: Mapping[str, str]) -> None:
     with workdirs.writing(workdir):
       if not (folder / FIRST).exists():
         write_json(folder / FIRST, {'arm_id': old, 'config': read_object(folder / 'config.json')})
-      write_json(folder / 'config.json', to_dict(by_id[new].config))
+      evaluated = read_object(folder / FIRST)['config'].get('eval')  # as it was: the launch evaluates the arm again
+      write_json(folder / 'config.json', {**to_dict(by_id[new].config), 'eval': evaluated})
       os.rename(folder, workdirs.folder(workdir, new))
 
 

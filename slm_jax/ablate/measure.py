@@ -267,7 +267,7 @@ def noise(config: Config) -> Dataset:
   facts = {'records': 1, 'bytes': 1, 'predicted': 1}
   store = Store('noise', Path(), {'splits': {'train': facts}})
   n = min(evaluation_batches(config), VALID_BATCHES) * config.data.batch_size
-  evaluated = Packed(Noise(n, length, vocab), 0, None, '')
+  evaluated = Packed(Noise(n, length, vocab), n * length, 0, None, '')
   valid: Any = SimpleNamespace(packed=lambda n_bytes: evaluated, texts=lambda n: [])
   return Dataset(config.data, tokens_of(config), (store,), batches.order([sequences], (), 0), valid)
 

@@ -59,6 +59,7 @@ class Member:
     sinks = metrics.sinks(self.config, self.folder, self.arm_id, logging.warning)
     self.log = metrics.MetricLog(self.folder / 'metrics.jsonl', step, sinks, logging.warning)
     files.callback(self.log.close)
+    self.log.keep_evaluations(self.job.dataset.valid.packed(self.config.eval.bytes).tokens)
     starting = time.perf_counter() - self.job.began
     shown = round(1 / self._share) if self.at == (0, 0) else 0
     books = Ledger(self.log, self.config, self.job.flops, step, remembered, self._share, starting, shown)

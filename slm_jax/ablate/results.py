@@ -217,8 +217,12 @@ def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:
-  """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
-  tokens = row.summary.get('tokens')
+  """The evaluations of an arm on the text of its last one.
+
+  FLOPs (known at its end) are spread over its tokens; a teacher's part is in them.
+  """
+  tokens, lined = row.summary.get('tokens'), [line for line in lines(workdir, row) if line['kind'] == 'eval']
+  evaluated = row.summary.get('tokens_evaluated') or (lined[-1].get('tokens_evaluated') if lined else None)
   flops, n_bytes = (
     row.summary[key] / tokens if tokens and row.summary.get(key) else None for key in ('flops', 'bytes')
   )
@@ -231,8 +235,8 @@ def curve(workdir: Path, row: Row) -> list[Point]:
       line.get('bits_per_byte', math.nan),
       n_bytes and n_bytes * line['tokens'],
     )
-    for line in lines(workdir, row)
-    if line['kind'] == 'eval' and line['loss'] is not None
+    for line in lined
+    if line['loss'] is not None and line.get('tokens_evaluated', evaluated) == evaluated
   ]
 
 

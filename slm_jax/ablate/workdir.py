@@ -18,11 +18,14 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax import revision
-from slm_jax.config import ConfigError, require
-from slm_jax.files import write_bytes, write_json
+from slm_jax.config import ConfigError, require, to_dict
+from slm_jax.files import read_object, write_bytes, write_json
+
+if TYPE_CHECKING:
+  from slm_jax.experiment import EvalConfig
 
 FORMAT = 2  # 1: an arm's id was a hash of all its settings (adopt.py)
 
@@ -66,6 +69,14 @@ def folder(workdir: Path, arm_id: str) -> Path:
 
 def is_done(workdir: Path, arm_id: str) -> bool:
   return (folder(workdir, arm_id) / 'DONE').exists()
+
+
+def is_evaluated(workdir: Path, arm_id: str, asked: 'EvalConfig') -> bool:
+  """Whether an arm that is done was evaluated as is asked for now. `every` does not count: it is of the way there."""
+  recorded = read_object(folder(workdir, arm_id) / 'config.json').get('eval')
+  wanted, default = to_dict(asked), to_dict(type(asked)())
+  known = {**default, **recorded, 'every': wanted['every']} if isinstance(recorded, dict) else wanted
+  return known == wanted
 
 
 def read_experiment(workdir: Path) -> Experiment | None:

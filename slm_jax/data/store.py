@@ -152,30 +152,27 @@ def _build(
 
 def _write(path: Path, documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
   """Writes the training split; returns what there is to know about it."""
-  counts: collections.Counter[str] = collections.Counter()  # bytes: of the predicted tokens
-
-  def pieces() -> Iterator[Piece]:
-    for document in documents:
-      piece = piece_of(Part(document.text), config, tokenizer)
-      counts.update(documents=1, tokens=len(piece.tokens), bytes=bytes_of(piece, tokenizer))
-      yield piece
-
-  written = write(path, pieces(), config, tokenizer)
-  return {**counts, **written}
+  pieces = (piece_of(Part(document.text), config, tokenizer) for document in documents)
+  return write(path, pieces, config, tokenizer)
 
 
 _WRITE = {'train': _write, 'valid': valid.write}
 
 
 def write(path: Path, pieces: Iterable[Piece], config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-  """Packs documents into the records of a training split."""
+  """Packs documents into the records of a training split; returns what there is to know about it."""
+  counts: collections.Counter[str] = collections.Counter()  # bytes: of the predicted tokens
+
+  def counted() -> Iterator[Piece]:
+    for piece in pieces:
+      counts.update(documents=1, tokens=len(piece.tokens), bytes=bytes_of(piece, tokenizer))
+      yield piece
+
   writer = ArrayRecordWriter(str(path), valid.OPTIONS)
-  records, predicted, padding, wide = 0, 0, 0, tokenizer.vocab_size > 1 << 16
-  for record in _PACK[config.packing](pieces, config.seq_len, tokenizer.pad):
+  wide, padding = tokenizer.vocab_size > 1 << 16, 0
+  for record in _PACK[config.packing](counted(), config.seq_len, tokenizer.pad):
     padding += int((record.segments == 0).sum())
     writer.write(record.tokens.astype('<u4' if wide else '<u2').tobytes() + record.segments.astype('<u4').tobytes())
-    predicted += int(packing.mask(record.segments).sum())
-    records += 1
+    counts.update(records=1, predicted=int(packing.mask(record.segments).sum()))
   writer.close()
-  share = padding / (records * (config.seq_len + 1))
-  return {'records': records, 'predicted': predicted, 'padding': share, 'wide': wide}
+  return {**counts, 'padding': padding / (counts['records'] * (config.seq_len + 1)), 'wide': wide}

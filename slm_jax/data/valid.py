@@ -43,7 +43,8 @@ class Packed(NamedTuple):
   """The sequences of an evaluation."""
 
   sequences: Sequences  # [2, seq_len + 1]
-  bytes: int  # of the text that is predicted
+  tokens: int  # that are predicted
+  bytes: int  # of their text
   floor: float | None  # its exact entropy in nats per predicted token; None unless the sources know p(text)
   digest: str  # 16 hex digits: of the text, and of where its prompts end
 
@@ -108,6 +109,7 @@ class Valid:
     known = [[part.text, part.before, part.ends] for part in parts]
     return Packed(
       sequences,
+      predicted,
       sum(bytes_of(piece, self._tokenizer) for piece in pieces),
       sum(nats) / predicted if len(nats) == len(parts) else None,
       hashlib.sha256(json.dumps([self._config.prompt_end, known]).encode()).hexdigest()[:16],

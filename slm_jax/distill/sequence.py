@@ -30,7 +30,7 @@ from slm_jax.model.decode import generate
 from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Resources, Transform, TransformConfig
 
-FORMAT = 1  # of what is written; part of the key
+FORMAT = 2  # of what is written; part of the key
 BATCH = 64  # texts that are written side by side
 
 
@@ -105,22 +105,22 @@ class SequenceDistill(TransformConfig):
     prompts = prompts_of(dataset.stores, tokens.bos, limit) if dataset.config.prompt_end else [np.array([tokens.bos])]
     require(bool(prompts), f'{self.kind}: no prompt of the training documents has at most half of {limit} tokens')
     texts = self.texts(model, params, prompts, limit, tokens.vocab_size, tokens.eos, tokens.pad)
-    written, unfinished = 0, 0
+    unfinished = 0
 
     def pieces() -> Iterator[Piece]:
-      nonlocal written, unfinished
+      nonlocal unfinished
       for prompt, text in texts:
-        written, unfinished = written + len(text), unfinished + (text[-1] != tokens.eos)
+        unfinished += int(text[-1] != tokens.eos)
         yield Piece(text, prompt if dataset.config.prompt_end else 0)
 
     facts = store.write(path / 'train.array_record', pieces(), dataset.config, tokens)
     return {
       'key': key,
       'source': self.teacher,
-      'splits': {'train': {'documents': self.documents, 'tokens': written, **facts}},
-      'unfinished': int(unfinished),
+      'splits': {'train': facts},
+      'unfinished': unfinished,
       'about': [self.documents, self.teacher, limit],
-      'flops': flops_per_token(model.config, limit, backward=False) * written,
+      'flops': flops_per_token(model.config, limit, backward=False) * facts['tokens'],
     }
 
   def texts(
@@ -155,7 +155,7 @@ class SequenceDistill(TransformConfig):
 def prompts_of(stores: Sequence[Store], bos: int, limit: int) -> list[np.ndarray]:
   """The prompts of the training documents, in their order: those that stand whole in a sequence, and in half of one."""
   found = []
-  for records in (its.train() for its in stores if 'train' in its.manifest['splits']):
+  for records in (its.train() for its in stores if its.has('train')):
     for i in range(len(records)):
       tokens, segments = records[i]
       ids, flagged = packing.documents(segments), segments >= packing.PROMPT

@@ -51,7 +51,7 @@ def test_all_arms_run_once_in_order(arms, tmp_path):
 def test_of_a_group_that_is_stopped_nobody_has_failed_who_never_ran(tmp_path, monkeypatch):
   arms = arms_of(experiment(sweep=[{'name': name, 'seed': i} for i, name in enumerate('abc')]))
   codes = {arms[0].arm_id: 0, arms[1].arm_id: 42}  # and nothing of the third
-  monkeypatch.setattr(worker, '_population', lambda ready: arms)
+  monkeypatch.setattr(worker, '_population', lambda ready, workdir: arms)
   monkeypatch.setattr(worker, '_train_together', lambda: lambda members, workdir, code: codes)
   code, lines = run(arms, tmp_path, None)
   assert code == 42
