@@ -6,8 +6,8 @@ The names of all folders below the given one count, and the file's own unless it
 like any other. Of the names in one path, test goes before valid, and valid before train.
 
     some names say train        those files are for training; files without a split are left out
-    none says train             'valid_names.txt' names no split any more, only a split's word alone or with a number
-                                does; what is neither valid nor test is for training
+    none says train             only a split's word alone or with a number counts: 'validation', 'test-00001', and not
+                                'valid_names.txt'; what is neither valid nor test is for training
 
 What is named test is never read, unless the source is that very file or folder. Names that begin with a dot are not
 looked at. Symbolic links are followed, and no file is read twice in one split.

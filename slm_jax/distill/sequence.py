@@ -78,7 +78,7 @@ class SequenceDistill(TransformConfig):
     params = sharding.to_host(params)  # by all processes together
     config = dataset.config
     key = {
-      'format': FORMAT,
+      'format': [FORMAT, store.FORMAT],
       'teacher': capture.teacher_hash(model, params),
       'tokenizer': dataset.tokenizer.fingerprint,
       'data': [sources.digest(s.manifest['key']) for s in dataset.stores] if config.prompt_end else [],

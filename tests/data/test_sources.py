@@ -351,6 +351,8 @@ def test_a_hub_data_set_has_its_own_splits(tmp_path, monkeypatch):
   write(tmp_path / 'validation.jsonl', lines('c'))
   write(tmp_path / 'test.jsonl', lines('d'))
   assert read(f'hf:{tmp_path}')[0] == {'train': ['a', 'b'], 'valid': ['c']}
+  (source,) = sources.open_sources(DataConfig(sources=(f'hf:{tmp_path}',)))
+  assert source.notices == [f'hf:{tmp_path}: 1 splits were left out: test']
   with pytest.raises(ConfigError, match="no column data.text_field='body'; there is: text"):
     everything(f'hf:{tmp_path}', text_field='body')
   with pytest.raises(ConfigError, match='hf:/nowhere/at/all'):

@@ -106,6 +106,13 @@ def test_texts_are_drawn_from_the_teacher_and_end_where_it_ends_them(folder):
   assert dataset.flops == flops_per_token(MODEL.config, 33, backward=False) * sum(map(len, written))
 
 
+def test_texts_of_another_format_of_stores_are_written_anew(folder, monkeypatch):
+  _, dataset = opened(folder, documents=8)
+  monkeypatch.setattr('slm_jax.data.store.FORMAT', 0)
+  _, other = opened(folder, documents=8)
+  assert other.stores[-1].path != dataset.stores[-1].path
+
+
 def rows(dataset, steps):
   return [row.tobytes() for step in range(steps) for row in dataset.batch(step)['inputs']]
 

@@ -31,6 +31,12 @@ def test_a_flag_without_effect_is_refused_before_anything_is_done(words, tmp_pat
   assert not workdir.exists()
 
 
+def test_what_only_some_arms_read_is_a_line(tmp_path, capsys):
+  module = experiment(sweep=[{'name': 'dense'}, {'name': 'cut', 'init.arm': 'dense', 'model.n_layers': 1}])
+  assert cli.launch(module, [f'--workdir={tmp_path}', '--config.init.by=random'], FakeTrain()) == 0
+  assert "init.by='random' has no effect in 1 of 2 arms, without init.arm\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('words', ['--search_round=1', '--over_budget=refuse', '--local_restarts=3', '--slurm_cpus=1'])
 def test_a_default_is_never_refused(words, tmp_path):
   assert cli.launch(experiment(), [f'--workdir={tmp_path}', words], FakeTrain()) == 0
