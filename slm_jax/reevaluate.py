@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from slm_jax import config as configs
 from slm_jax import distributed, evaluate, metrics, notices, perf
 from slm_jax.checkpoint import Checkpoints, load_model
 from slm_jax.config import ConfigError, to_dict
+from slm_jax.data.dataset import Dataset
 from slm_jax.experiment import Config, InitConfig
 from slm_jax.files import disk_errors, read_object, write_json
 from slm_jax.ledger import Diverged
@@ -34,17 +35,18 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():
         job, params, state = restored(config, workdir, folder)
-        notices.show(job.dataset.notices)
+        before = distributed.on_main(lambda: read_object(folder / 'run.json'))
+        told = [*job.dataset.notices, *leaked(job.dataset, before)]
+        notices.show(told)
       measure = jax.jit(job.measure, out_shardings=job.layout.step)
       results = evaluate.evaluate(measure, params, valid_batches(job), stop.check)
-      before = distributed.on_main(lambda: read_object(folder / 'run.json')['summary'])
-      results |= {name: before[name] for name in ('tokens', 'seconds')}
+      results |= {name: before['summary'][name] for name in ('tokens', 'seconds')}
       found = assess(job, params, results, state)
       check_converged(config, found)
       log = metrics.MetricLog(folder / 'metrics.jsonl', config.train.steps, (), logging.warning)
       log.write(config.train.steps, 'eval', results)
       log.close()
-      distributed.on_main(record, folder, {**before, **found}, to_dict(config.eval))
+      distributed.on_main(record, folder, found, to_dict(config.eval), told)
       return EXIT_DONE
   except Preempted:
     return EXIT_PREEMPTED
@@ -74,11 +76,23 @@ def restored(config: Config, workdir: Path, folder: Path) -> tuple[Job, Params, 
   return job, load_model(folder / 'model', mesh)[1], None
 
 
-def record(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def leaked(dataset: Dataset, run: Mapping[str, Any]) -> list[str]:
+  """A notice if an earlier version trained the arm on text that is held out. run: its run.json."""
+  n = sum(store.manifest['crossing']['count'] for store in dataset.stores)
+  if not n or 'notices' in run:
+    return []
+  return [
+    f'{run["name"]}: was trained on {n} documents of the held-out text by an earlier version; --rerun makes it again'
+  ]
+
+
+def record(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any], told: Sequence[str]) -> None:
   """Writes what was found. config.json comes last: by it, the evaluation is done."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   run, config = read_object(folder / 'run.json'), read_object(folder / 'config.json')
-  write_json(folder / 'run.json', {**run, 'summary': dict(summary), 'evaluated': now})
+  write_json(
+    folder / 'run.json', {**run, 'summary': {**run['summary'], **found}, 'evaluated': now, 'notices': list(told)}
+  )
   write_json(folder / 'config.json', {**config, 'eval': dict(settings)})
 
 

@@ -157,3 +157,19 @@ def test_an_arm_that_goes_on_forgets_what_was_evaluated_on_other_text(tmp_path, 
   assert [point.step for point in results.curve(workdir, row)] == [4]
   assert results.curve(workdir, row)[-1].loss == row.summary['loss']
   assert workdirs.is_evaluated(workdir, row.arm_id, override(BASE, {'eval.bytes': '5000'}).eval)
+
+
+def test_an_arm_of_an_earlier_version_that_was_trained_on_held_out_text_is_named(tmp_path, capsys):
+  lines = [json.dumps({'text': f'text number {i % 30} of a corpus that repeats itself'}) for i in range(90)]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  module = experiment(base=override(BASE, {'data.sources': (str(tmp_path / 'a.jsonl'),), 'data.documents': '0'}))
+  words = [f'--workdir={tmp_path / "runs"}', '--config.eval.bytes=200']
+  assert cli.launch(module, words[:1]) == 0
+  (path,) = (tmp_path / 'runs').glob('arms/*/run.json')
+  run = json.loads(path.read_text())
+  assert len(run.pop('notices')) == 1  # that they were left out
+  path.write_text(json.dumps(run))  # as an earlier version left it, which left out none
+  capsys.readouterr()
+  assert cli.launch(module, words) == 0
+  assert '6 documents of the held-out text by an earlier version; --rerun makes it again' in capsys.readouterr().out
+  assert len(json.loads(path.read_text())['notices']) == 2

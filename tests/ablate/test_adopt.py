@@ -81,6 +81,7 @@ def test_adopted_arms_keep_their_numbers_and_know_their_parents(workdir):
   for arm in arms:
     assert by_id[arm.arm_id].parents == tuple(arm.parents.values())
   assert find_adoptable(workdir, arms) == {}
+  assert not any(workdirs.is_evaluated(workdir, arm.arm_id, arm.config.eval) for arm in arms)  # on other text: again
 
 
 def test_a_launch_that_is_killed_while_it_renames_is_followed_by_one_that_goes_on(workdir):
