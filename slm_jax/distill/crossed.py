@@ -39,7 +39,7 @@ from slm_jax.vocabulary import Logits, at, first
 
 LOOKED_AT = 64  # sequences of each source that are aligned before anything is compiled
 COVERED = 0.5  # of their predicted tokens, at least so many must lie in a chunk
-SURE = -1e-6  # log p of a chunk is at most so much: log(1 - p) is finite
+SURE = -1e-6  # log p of a chunk counts as at most so much: log(1 - p) is finite
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -186,9 +186,10 @@ def by_chunk(logits: Logits, targets: jax.Array, chunk: jax.Array, t: int) -> Te
 def binary_kl(log_p: jax.Array, log_q: jax.Array, tau: jax.Array | float) -> jax.Array:
   """tau KL(Bern(p^(1/tau)) || Bern(q^(1/tau))), elementwise.
 
-  The factor keeps its size: for large tau it is u log(u/v) - u + v, of the nats u = -log p and v = -log q.
+  The factor keeps its size: for large tau it is u log(u/v) - u + v, of the nats u = -log p and v = -log q. A student
+  that is surer than SURE has the gradient of one that is as sure as that: with none, nothing would make it less sure.
   """
-  a, b = (jnp.minimum(x, SURE) / tau for x in (log_p, log_q))
+  a, b = ((x - jax.lax.stop_gradient(jnp.maximum(x - SURE, 0))) / tau for x in (log_p, log_q))
   not_a, not_b = jnp.log(-jnp.expm1(a)), jnp.log(-jnp.expm1(b))
   return tau * (jnp.exp(a) * (a - b) - jnp.expm1(a) * (not_a - not_b))
 

@@ -231,7 +231,7 @@ def taught_by(
 
   numbers: weight, temperature, mix, weight_end, temperature_end, each with `name.` before it; all are traced.
   vocab: the student's logits beyond so many tokens are padding, and not in D.
-  steps: after which the schedules have come to their ends.
+  steps: in the last of which the schedules are at their ends.
   moving: the target is p_t = softmax((1 - t) z_student + t z_teacher), a constant to the gradient, whose t goes from
     mix to 1 (TAID, arXiv 2501.16937): t <- max(linear in the step, t + 5e-4 sigmoid(m) (1 - t)), m <- 0.99 m + 0.01
     times the relative decrease of the term.
@@ -285,7 +285,8 @@ def taught_by(
     new = {'source': source.after(slot['source'], state, update)}
     if moving:
       term, start = update.terms[name], update.context.hparams[f'{name}.mix']
-      new['moving'] = _moved(slot['moving'], term.sum / jnp.maximum(term.count, 1), start, state.step / steps)
+      done = state.step / max(steps - 1, 1)  # in the next step, so that the last one has the teacher for its target
+      new['moving'] = _moved(slot['moving'], term.sum / jnp.maximum(term.count, 1), start, done)
     return new, state
 
   return Transform(name, hparams, init=init, data=data, token_loss=token_loss, after=after)
