@@ -206,7 +206,7 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array
 
   A warm-up that is as long as the run, or longer, leaves no step for that.
   """
-  last, start = steps - 1, max(config.warmup, 1) - 1  # counted from 0: the last step, and that of the peak
+  last, start = steps - 1, float(max(config.warmup, 1) - 1)  # counted from 0: the last step, and that of the peak
   if config.schedule == 'wsd':
     start = max(start, last - config.decay * steps)
 
