@@ -29,8 +29,8 @@ from slm_jax.data.dataset import Dataset
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.distill import alignment
 from slm_jax.distill.divergences import log_softmax
-from slm_jax.distill.teachers import Precision, restored, stored
-from slm_jax.losses import Term, Terms
+from slm_jax.distill.teachers import Precision, check_precision, restored, stored
+from slm_jax.losses import Auxiliary, Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
@@ -69,6 +69,7 @@ class CrossDistill(TransformConfig):
       self.divergence != 'uld' or not blocks,
       f'{key}.divergence=uld: sorts all of the vocabulary, but train.vocab_chunk={blocks}; allowed: 0',
     )
+    check_precision(self, config, key)
     for other in config.transforms:
       require(other.kind != 'on_policy', f'{key}: text is aligned before the step, and on_policy writes it in the step')
 
@@ -218,7 +219,7 @@ def matched(teacher: Crossed, numbers: Mapping[str, float], vocab: int, t: int) 
   def token_loss(slot, fn):
     def with_chunks(logits, tokens, context):
       log_q = by_chunk(first(logits, vocab), tokens['targets'], tokens[f'{name}_chunk'], t)
-      return {**_less(fn(logits, tokens, context), name, context), f'{name}_log_q': log_q}
+      return {**fn(logits, tokens, context), f'{name}_log_q': log_q}
 
     return with_chunks
 
@@ -236,7 +237,7 @@ def matched(teacher: Crossed, numbers: Mapping[str, float], vocab: int, t: int) 
 
     return with_alm
 
-  return Transform(name, numbers, data=data, token_loss=token_loss, loss=loss)
+  return Transform(name, numbers, data=data, token_loss=token_loss, loss=loss, data_weight=_data_weight(name))
 
 
 def ranked_alike(teacher: Crossed, numbers: Mapping[str, float], vocab: int) -> Transform:
@@ -254,20 +255,18 @@ def ranked_alike(teacher: Crossed, numbers: Mapping[str, float], vocab: int) -> 
       there, mask = (tokens[f'{name}_place'] > 0).astype(jnp.float32), tokens['mask']
       distance = sorted_distance(logits[..., :vocab], theirs) * there
       return {
-        **_less(fn(logits, tokens, context), name, context),
-        name: Term(distance.sum(), there.sum(), context.hparams[f'{name}.weight']),
+        **fn(logits, tokens, context),
+        name: Auxiliary(distance.sum(), there.sum(), context.hparams[f'{name}.weight']),
         f'{name}_covered': Term((there * mask).sum(), mask.sum(), 0.0),
       }
 
     return with_distance
 
-  return Transform(name, numbers, data=data, token_loss=token_loss)
+  return Transform(name, numbers, data=data, token_loss=token_loss, data_weight=_data_weight(name))
 
 
-def _less(terms: Terms, name: str, context: Context) -> Terms:
-  """The data's term has 1 - w."""
-  own = terms['loss']
-  return {**terms, 'loss': own._replace(weight=(1 - context.hparams[f'{name}.weight']) * own.weight)}
+def _data_weight(name: str) -> Callable[[Context], jax.Array]:
+  return lambda context: 1 - context.hparams[f'{name}.weight']
 
 
 # ------------------------------------------------------------------------------------------------- the finished student

@@ -93,7 +93,7 @@ def l0(config: ModelConfig, left: Mapping[Unit, int], rate: float, warm: int) ->
 
   def extra(key, params):
     return {
-      'log_alpha': {unit: jnp.full(shape, OPEN) for unit, shape in shapes.items()},
+      'log_alpha': {unit: jnp.full(shape, OPEN, jnp.float32) for unit, shape in shapes.items()},
       'multipliers': {unit: jnp.tile(jnp.array([0.0, STIFF]), (rows, 1)) for unit, (rows, _) in shapes.items()},
     }
 
