@@ -92,7 +92,7 @@ class Transform(NamedTuple):
   witnesses:  () -> entries of frozen                   that only `judge` needs
 
   The data's terms are all that `token_loss` hooks make, but for those of the class losses.Auxiliary: a teacher's, and
-  penalties. The step multiplies their weights by the product of the chain's factors, after all `token_loss` hooks, so no
+  penalties. The step multiplies their weights by the product of all factors, after all `token_loss` hooks, so that no
   order of transforms spares one of them.
   """
 
