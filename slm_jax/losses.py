@@ -28,6 +28,13 @@ class Term(NamedTuple):
   weight: jax.Array | float = 1.0
 
 
+class Auxiliary(Term):
+  """A term that is not of the data: a teacher's, or a penalty. Transforms that take a share from the data leave it.
+
+  A class of its own and no field, since the fields of a term are arrays, through scan, vmap and checkpoint.
+  """
+
+
 Terms = dict[str, Term]
 
 
@@ -47,7 +54,16 @@ def means(terms: Terms) -> dict[str, jax.Array]:
 
 def add(a: Terms, b: Terms) -> Terms:
   """The terms of two disjoint sets of tokens together."""
-  return {name: Term(a[name].sum + b[name].sum, a[name].count + b[name].count, b[name].weight) for name in b}
+  return {name: t._replace(sum=a[name].sum + t.sum, count=a[name].count + t.count) for name, t in b.items()}
+
+
+def weigh_data(terms: Terms, factor: jax.Array | float) -> Terms:
+  """Multiplies the weights of the data's terms by `factor`: of all that are not `Auxiliary`."""
+
+  def weighed(term: Term) -> Term:
+    return term if isinstance(term, Auxiliary) else term._replace(weight=term.weight * factor)
+
+  return {name: weighed(term) for name, term in terms.items()}
 
 
 def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
@@ -68,7 +84,7 @@ def cross_entropy(z_loss: float = 0.0) -> Callable[..., Terms]:
       'accuracy': Term((hits * mask).sum(), count, 0.0),
     }
     if z_loss:
-      terms['z_loss'] = Term((log_z**2 * mask).sum(), count, z_loss)
+      terms['z_loss'] = Auxiliary((log_z**2 * mask).sum(), count, z_loss)
     return terms
 
   return token_loss
@@ -183,7 +199,8 @@ def gradient(
     if groups == 1:
       return of(jax.tree.map(lambda x: x[0], part))
     terms, grads = jax.vmap(of, spmd_axis_name=axis)(part)
-    return {name: Term(t.sum.sum(0), t.count.sum(0), t.weight[0]) for name, t in terms.items()}, grads
+    added = {name: t._replace(sum=t.sum.sum(0), count=t.count.sum(0), weight=t.weight[0]) for name, t in terms.items()}
+    return added, grads
 
   first = jax.tree.map(lambda x: x[0], slices)
   if parts == 1:

@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules by optax, as functions of traced numbers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -10,6 +11,8 @@ import optax
 
 from slm_jax.config import Needs, require, setting
 
+MUON_RMS = 0.2  # root mean square of Muon's updates; about that of Adam's
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -17,8 +20,8 @@ class OptimConfig:
   learning_rate: float = setting(1e-3, traced=True)
   schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'
   warmup: int = 100  # steps
-  decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'
-  final: float = 0.1  # learning rate at the end, as a share of the peak
+  decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'; or what the warm-up leaves of it
+  final: float = 0.1  # learning rate of the last step, as a share of the peak
   weight_decay: float = setting(0.1, traced=True)  # of matrices only: not norms, biases
   b1: float = 0.9  # of adamw, and of muon for what is no matrix; adafactor has none of these three
   b2: float = 0.95  # and muon's momentum
@@ -90,20 +93,9 @@ def optimizer(config: OptimConfig, steps: int, width_ratio: float = 1.0) -> Opti
         optax.scale_by_learning_rate(rate),
       )
     elif config.name == 'muon':
-      # consistent_rms=0.2 gives matrices and Adam's vectors one learning rate (Moonlight, arXiv 2502.16982).
-      # Without decay: Muon's own mask for it does not reach what is left to Adam, and norms would decay.
-      direction = optax.contrib.muon(
-        1.0,
-        beta=config.b2,
-        eps=config.eps,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        muon_weight_dimension_numbers=_matrices,
-        consistent_rms=0.2,
-      )
       update = optax.chain(
-        direction,
-        optax.scale(-1.0),  # it comes as a descent already
+        muon(config),
+        optax.identity(),  # see `muon`
         optax.add_decayed_weights(decay, decayed),
         optax.scale_by_learning_rate(rate),
       )
@@ -126,6 +118,52 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return inner.update(wide(updates), state, wide(params))
 
   return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+
+
+def muon(config: OptimConfig) -> optax.GradientTransformation:
+  """Muon for the layers' matrices, Adam for all else: embeddings, head, norms, biases, what transforms add.
+
+  MUON_RMS * sqrt(max(inputs, outputs)) gives a matrix's update the size of Adam's, so that both take one learning rate
+  (Moonlight, arXiv 2502.16982). The identities have no effect. They keep the structure of the state that
+  optax.contrib.muon makes, so that checkpoints from the time when that was used are resumed.
+  """
+  empty = optax.identity()
+  matrices = scale_by_orthogonal_momentum(config.b2, config.eps)
+  rest = optax.scale_by_adam(config.b1, config.b2, config.eps)
+  of_matrices, of_rest = optax.chain(matrices, scale_matrices(MUON_RMS), empty, empty), optax.chain(rest, empty, empty)
+  return optax.partition({'muon': of_matrices, 'adam': of_rest}, _muon_or_adam)
+
+
+def scale_by_orthogonal_momentum(beta: float, eps: float) -> optax.GradientTransformation:
+  """Muon's direction for the layers' matrices, as its author publishes it (github.com/KellerJordan/Muon, muon.py).
+
+      m <- beta m + (1 - beta) g,    direction = orthogonal((1 - beta) g + beta m)
+
+  `orthogonal` is five Newton-Schulz iterations, which optax has. optax's own Nesterov mix corrects the bias of m and of
+  g by different factors, so that g counts for more in the first steps: the direction was 13 to 31 % off at step 2. The
+  older published form, m <- beta m + g and g + beta m, gives the same direction, since its length does not matter.
+  """
+  orthogonal = optax.contrib.scale_by_muon(beta=0.0, eps=eps, nesterov=False, weight_dimension_numbers=_dimensions)
+
+  def update(updates, state, params=None):
+    def mix(slow, fast):
+      return jax.tree.map(lambda s, f: beta * s + (1 - beta) * f, slow, fast)
+
+    mu = mix(state.mu, updates)
+    directions, used = orthogonal.update(mix(mu, updates), state)  # with beta=0 it reads no momentum
+    return directions, used._replace(mu=mu)
+
+  return optax.GradientTransformation(orthogonal.init, update)
+
+
+def scale_matrices(rms: float) -> optax.GradientTransformation:
+  """Multiplies Muon's directions by rms * sqrt(max(inputs, outputs)) of the matrix."""
+
+  def scale(path, update):
+    sizes = [math.prod(update.shape[axis] for axis in axes) for axes in _MATRICES[path[-1].key]]
+    return update * (rms * math.sqrt(max(sizes)))
+
+  return optax.stateless(lambda updates, params=None: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def divide_hidden(by: float) -> optax.GradientTransformation:
@@ -162,48 +200,56 @@ def multiply_groups(rates: Mapping[str, jax.Array]) -> optax.GradientTransformat
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-  """count -> learning rate as a share of its peak; count is 0 in the first step, which already learns.
+  """Returns count -> learning rate as a share of its peak; count is 0 in the first step, which already learns.
 
-  Linear warm-up over `warmup` steps, times one of
+  The warm-up is linear, and reaches the peak in step `warmup` (in the first step without one). From there, with p going
+  linearly from 0 to 1 in the last step, in which the learning rate is `final`:
+
     constant  1
-    linear    1 - (1 - final) p                   p: share of the steps after warm-up
+    linear    1 - (1 - final) p
     cosine    final + (1 - final)(1 + cos pi p)/2
-    wsd       1, then linear to `final` over the last `decay` of all steps (warm-up, stable, decay; arXiv 2404.06395)
+    wsd       1, then linear over the last `decay` of all steps (warm-up, stable, decay; arXiv 2404.06395)
+
+  A warm-up that is as long as the run, or longer, leaves no step for that.
   """
+  last, start = steps - 1, float(max(config.warmup, 1) - 1)  # counted from 0: the last step, and that of the peak
+  if config.schedule == 'wsd':
+    start = max(start, last - config.decay * steps)
 
   def shape(count):
     t = jnp.asarray(count, jnp.float32)
     warm = jnp.minimum((t + 1) / max(config.warmup, 1), 1.0)
-    p = jnp.clip((t - config.warmup) / max(steps - config.warmup, 1), 0, 1)
-    tail = jnp.clip((t / max(steps, 1) - (1 - config.decay)) / config.decay, 0, 1)
-    drop = {
-      'constant': jnp.zeros_like(p),
-      'linear': p,
-      'cosine': (1 - jnp.cos(jnp.pi * p)) / 2,
-      'wsd': tail,
-    }[config.schedule]
-    return warm * (1 - (1 - config.final) * drop)
+    p = jnp.clip(1 - (last - t) / (last - start), 0, 1) if start < last else jnp.zeros_like(t)
+    drop = {'constant': jnp.zeros_like(p), 'linear': p, 'wsd': p, 'cosine': (1 - jnp.cos(jnp.pi * p)) / 2}[
+      config.schedule
+    ]
+    return warm * ((1 - drop) + config.final * drop)  # exact at both ends
 
   return shape
 
 
-def _matrices(params: Any) -> Any:
-  """Muon's view of the layers' weights: which axes are summed over, which are outputs; the layer axis is neither."""
-  out = optax.contrib.MuonDimensionNumbers
-  axes = {
-    'q': out((1,), (2, 3)),
-    'k': out((1,), (2, 3)),
-    'v': out((1,), (2, 3)),
-    'o': out((1, 2), (3,)),
-    'gate': out((1,), (2,)),
-    'up': out((1,), (2,)),
-    'down': out((1,), (2,)),
-  }
+_MATRICES = {  # of a layer: which axes are inputs, which are outputs; that of the layers is neither
+  'q': optax.contrib.MuonDimensionNumbers((1,), (2, 3)),
+  'k': optax.contrib.MuonDimensionNumbers((1,), (2, 3)),
+  'v': optax.contrib.MuonDimensionNumbers((1,), (2, 3)),
+  'o': optax.contrib.MuonDimensionNumbers((1, 2), (3,)),
+  'gate': optax.contrib.MuonDimensionNumbers((1,), (2,)),
+  'up': optax.contrib.MuonDimensionNumbers((1,), (2,)),
+  'down': optax.contrib.MuonDimensionNumbers((1,), (2,)),
+}
 
-  def of(path, _):
-    return axes.get(path[-1].key) if path[0].key == 'layers' else None
 
-  return jax.tree_util.tree_map_with_path(of, params)
+def _matrix(path: tuple[Any, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+  """The axes of a matrix of the layers; None for all other parameters."""
+  return _MATRICES.get(path[-1].key) if path[0].key == 'layers' else None
+
+
+def _dimensions(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: _matrix(path), params)
+
+
+def _muon_or_adam(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if _matrix(path) else 'adam', params)
 
 
 def _is_vector(path: tuple[Any, ...]) -> bool:

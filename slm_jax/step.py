@@ -14,6 +14,7 @@ Numbers that an ablation varies (learning rate, KD weight, sparsity) are traced:
 arms which differ only there share one executable and can be trained by `jax.vmap(step)`.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,6 +81,7 @@ class Transform(NamedTuple):
   view:       (slot, params, context) -> params         what the forward pass sees: masked, quantised, LoRA-merged
   token_loss: (slot, token_loss_fn) -> token_loss_fn    terms made of a chunk's logits; all share one pass over the head
   loss:       (slot, loss_fn) -> loss_fn                any other term: of parameters, masks, hidden states
+  data_weight: (context) -> factor                      of the weights of the data's terms: 1 - w of a teacher with w
   gradients:  (slot, grads, context) -> grads           what the optimiser sees of them
   after:      (slot, state, update) -> (slot, state)    after the optimiser: refresh masks, EMA, re-project
   instead:    (slot, params) -> params                  evaluated and exported in place of the trained ones: an average
@@ -88,6 +90,10 @@ class Transform(NamedTuple):
   judge:      (slot, params, batch, context) -> Terms   more that a finished model is measured by, on held-out text;
                                                         context.step counts its batches
   witnesses:  () -> entries of frozen                   that only `judge` needs
+
+  The data's terms are all that `token_loss` hooks make, but for those of the class losses.Auxiliary: a teacher's, and
+  penalties. The step multiplies their weights by the product of all factors, after all `token_loss` hooks, so that no
+  order of transforms spares one of them.
   """
 
   name: str
@@ -98,6 +104,7 @@ class Transform(NamedTuple):
   view: Callable[[Slot, Params, Context], Params] = lambda slot, params, context: params
   token_loss: Callable[[Slot, TokenLossFn], TokenLossFn] = lambda slot, fn: fn
   loss: Callable[[Slot, LossFn], LossFn] = lambda slot, fn: fn
+  data_weight: Callable[[Context], jax.Array | float] = lambda context: 1.0
   gradients: Callable[[Slot, Params, Context], Params] = lambda slot, grads, context: grads
   after: Callable[[Slot, TrainState, Update], tuple[Slot, TrainState]] = lambda slot, state, update: (slot, state)
   instead: Callable[[Slot, Params], Params] = lambda slot, params: params
@@ -195,6 +202,9 @@ def chain(*transforms: Transform) -> Transform:
       fn = p.loss(slots[p.name], fn)
     return fn
 
+  def data_weight(context):
+    return math.prod(p.data_weight(context) for p in parts)
+
   def gradients(slots, grads, context):
     for p in parts:
       grads = p.gradients(slots[p.name], grads, context)
@@ -223,7 +233,7 @@ def chain(*transforms: Transform) -> Transform:
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
   flops = sum(p.flops for p in parts)
   wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
-  hooks = Transform('chain', hparams, init, extra, data, view, token_loss, loss, gradients, after)
+  hooks = Transform('chain', hparams, init, extra, data, view, token_loss, loss, data_weight, gradients, after)
   return hooks._replace(final=final, judge=judge, witnesses=witnesses, flops=flops, wants=wants, parts=parts)
 
 
@@ -268,7 +278,10 @@ def make_step(
 
   def terms_of(params, slots, batch, context) -> Terms:
     seen = transform.view(slots, params, context)
-    token_loss = transform.token_loss(slots, losses.cross_entropy(z_loss))
+    of_tokens = transform.token_loss(slots, losses.cross_entropy(z_loss))
+
+    def token_loss(logits, tokens, context):
+      return losses.weigh_data(of_tokens(logits, tokens, context), transform.data_weight(context))
 
     def base(params, hidden_BTD, batch, context):
       return losses.over_chunks(token_loss, model.head, params, hidden_BTD, batch, context, chunk)

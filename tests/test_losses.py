@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slm_jax import losses
-from slm_jax.losses import Term
+from slm_jax.losses import Auxiliary, Term
 
 
 def dense_loss(z_loss):
@@ -128,3 +128,19 @@ def test_logits_and_their_gradient_are_read_and_written_as_few_times_as_can_be()
   assert 'scatter' not in program
   assert program.count('argmax[') == 1
   assert sum('reduce_' in line and 'axes=(2,)' in line for line in program.splitlines()) == 1
+
+
+def test_what_is_not_of_the_data_stays_so_wherever_terms_go():
+  """Through scan, vmap, checkpoint and sums; and only the weights of the data's terms are multiplied."""
+  one = {'loss': Term(jnp.float32(3), jnp.float32(2)), 'teacher': Auxiliary(jnp.float32(1), jnp.float32(2), 0.5)}
+  zero = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x)), one)
+  both = jax.tree.map(lambda x: jnp.stack([jnp.float32(x)] * 2), one)
+  ways = [
+    jax.jit(lambda: jax.lax.scan(lambda terms, part: (losses.add(terms, part), None), zero, both)[0])(),
+    jax.tree.map(lambda x: x.sum(0), jax.vmap(jax.checkpoint(lambda terms: terms))(both)),
+    losses.add(one, one),
+  ]
+  for terms in [one, *ways]:
+    assert {name: type(term) for name, term in terms.items()} == {'loss': Term, 'teacher': Auxiliary}
+  weighed = losses.weigh_data(one, 0.25)
+  assert (weighed['loss'].weight, weighed['teacher'].weight) == (0.25, 0.5)

@@ -81,14 +81,17 @@ def test_log_z_beside_the_most_likely_is_logsumexp(scale):
   close(gradient, jax.nn.softmax(logits))
 
 
+ENDS = [(name, mix) for name in ('normalized_jsd', 'skew_kl', 'skew_reverse_kl') for mix in (0.0, 1.0)]
+
+
 @pytest.mark.parametrize('width', [4, 40])
-@pytest.mark.parametrize('name', DIVERGENCES)
-def test_divergences_of_blocks(name, width):
+@pytest.mark.parametrize('name, mix', [*((name, 0.3) for name in DIVERGENCES), *ENDS])
+def test_divergences_of_blocks(name, mix, width):
   """Also between blocks and an array, and with padding beyond the tokenizer's tokens."""
 
   def value(table, x, p, q):
     student, teacher = read(q, table, x), read(p, ITS, Y)
-    return DIVERGENCES[name](vocabulary.first(teacher, 19), vocabulary.first(student, 19), 0.3).sum()
+    return DIVERGENCES[name](vocabulary.first(teacher, 19), vocabulary.first(student, 19), mix).sum()
 
   grad = jax.value_and_grad(value, argnums=(0, 1))
   theirs = grad(TABLE, X, 0, 0)

@@ -28,8 +28,8 @@ from slm_jax.data.dataset import Dataset
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.distill import alignment
 from slm_jax.distill.divergences import log_softmax
-from slm_jax.distill.teachers import Precision, restored, stored
-from slm_jax.losses import Term, Terms
+from slm_jax.distill.teachers import Precision, check_precision, restored, stored
+from slm_jax.losses import Auxiliary, Term, Terms
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
@@ -38,7 +38,7 @@ from slm_jax.vocabulary import Logits, at, first
 
 LOOKED_AT = 64  # sequences of each source that are aligned before anything is compiled
 COVERED = 0.5  # of their predicted tokens, at least so many must lie in a chunk
-SURE = -1e-6  # log p of a chunk is at most so much: log(1 - p) is finite
+SURE = -1e-6  # log p of a chunk counts as at most so much: log(1 - p) is finite
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -70,6 +70,7 @@ class CrossDistill(TransformConfig):
       self.divergence != 'uld' or not blocks,
       f'{key}.divergence=uld: sorts all of the vocabulary, but train.vocab_chunk={blocks}; allowed: 0',
     )
+    check_precision(self, config, key)
     for other in config.transforms:
       require(other.kind != 'on_policy', f'{key}: text is aligned before the step, and on_policy writes it in the step')
 
@@ -188,9 +189,10 @@ def by_chunk(logits: Logits, targets: jax.Array, chunk: jax.Array, t: int) -> Te
 def binary_kl(log_p: jax.Array, log_q: jax.Array, tau: jax.Array | float) -> jax.Array:
   """tau KL(Bern(p^(1/tau)) || Bern(q^(1/tau))), elementwise.
 
-  The factor keeps its size: for large tau it is u log(u/v) - u + v, of the nats u = -log p and v = -log q.
+  The factor keeps its size: for large tau it is u log(u/v) - u + v, of the nats u = -log p and v = -log q. A student
+  that is surer than SURE has the gradient of one that is as sure as that: with none, nothing would make it less sure.
   """
-  a, b = (jnp.minimum(x, SURE) / tau for x in (log_p, log_q))
+  a, b = ((x - jax.lax.stop_gradient(jnp.maximum(x - SURE, 0))) / tau for x in (log_p, log_q))
   not_a, not_b = jnp.log(-jnp.expm1(a)), jnp.log(-jnp.expm1(b))
   return tau * (jnp.exp(a) * (a - b) - jnp.expm1(a) * (not_a - not_b))
 
@@ -219,7 +221,7 @@ def matched(teacher: Crossed, numbers: Mapping[str, float], vocab: int, t: int) 
   def token_loss(slot, fn):
     def with_chunks(logits, tokens, context):
       log_q = by_chunk(first(logits, vocab), tokens['targets'], tokens[f'{name}_chunk'], t)
-      return {**_less(fn(logits, tokens, context), name, context), f'{name}_log_q': log_q}
+      return {**fn(logits, tokens, context), f'{name}_log_q': log_q}
 
     return with_chunks
 
@@ -237,7 +239,7 @@ def matched(teacher: Crossed, numbers: Mapping[str, float], vocab: int, t: int) 
 
     return with_alm
 
-  return Transform(name, numbers, data=data, token_loss=token_loss, loss=loss)
+  return Transform(name, numbers, data=data, token_loss=token_loss, loss=loss, data_weight=_data_weight(name))
 
 
 def ranked_alike(teacher: Crossed, numbers: Mapping[str, float], vocab: int) -> Transform:
@@ -255,20 +257,18 @@ def ranked_alike(teacher: Crossed, numbers: Mapping[str, float], vocab: int) -> 
       there, mask = (tokens[f'{name}_place'] > 0).astype(jnp.float32), tokens['mask']
       distance = sorted_distance(logits[..., :vocab], theirs) * there
       return {
-        **_less(fn(logits, tokens, context), name, context),
-        name: Term(distance.sum(), there.sum(), context.hparams[f'{name}.weight']),
+        **fn(logits, tokens, context),
+        name: Auxiliary(distance.sum(), there.sum(), context.hparams[f'{name}.weight']),
         f'{name}_covered': Term((there * mask).sum(), mask.sum(), 0.0),
       }
 
     return with_distance
 
-  return Transform(name, numbers, data=data, token_loss=token_loss)
+  return Transform(name, numbers, data=data, token_loss=token_loss, data_weight=_data_weight(name))
 
 
-def _less(terms: Terms, name: str, context: Context) -> Terms:
-  """The data's term has 1 - w."""
-  own = terms['loss']
-  return {**terms, 'loss': own._replace(weight=(1 - context.hparams[f'{name}.weight']) * own.weight)}
+def _data_weight(name: str) -> Callable[[Context], jax.Array]:
+  return lambda context: 1 - context.hparams[f'{name}.weight']
 
 
 # ------------------------------------------------------------------------------------------------- the finished student

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax import vocabulary
-from slm_jax.vocabulary import Logits, each, total
+from slm_jax.vocabulary import Logits, total
 
 Divergence = Callable[[Logits, Logits, jax.Array | float], jax.Array]
 
 LOWEST = -1e5  # stands for log 0: its exponential is 0, and 0 times it is 0
+FAR = 80.0  # exp of more may overflow; a ratio of more than exp(80) is as good as one of exp(80)
+TINY = 1e-30  # the least that is divided by
 
 
 def log_softmax(logits: Logits) -> Logits:
@@ -46,37 +48,78 @@ def reverse_kl(p: Logits, q: Logits, mix: jax.Array | float = 0.0) -> jax.Array:
 
 
 def jsd(p: Logits, q: Logits, mix: jax.Array | float) -> jax.Array:
-  """b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = mix (GKD, arXiv 2306.13649); 0 at both ends."""
-  log_p, log_q = log_softmax(p), log_softmax(q)
-  b = jnp.clip(mix, 1e-6, 1 - 1e-6)
-  log_m = each(lambda log_p, log_q: jnp.logaddexp(log_p + jnp.log(b), log_q + jnp.log1p(-b)), log_p, log_q)
-  return b * kl_of_logs(log_p, log_m) + (1 - b) * kl_of_logs(log_q, log_m)
+  """Computes b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = mix (GKD, arXiv 2306.13649).
+
+  It is 0 at both ends.
+  """
+  return mix * (1 - mix) * normalized_jsd(p, q, mix)
 
 
 def normalized_jsd(p: Logits, q: Logits, mix: jax.Array | float) -> jax.Array:
-  """jsd / (b (1 - b)): goes to KL(p || q) as b -> 0 and to KL(q || p) as b -> 1, so that all b are of one scale.
+  """Computes jsd / (b (1 - b)), which has one scale for all b: KL(p || q) at b = 0, and KL(q || p) at b = 1."""
 
-  b is kept 1e-3 away from the ends, where float32 would lose the difference of p and m.
-  """
-  b = jnp.clip(mix, 1e-3, 1 - 1e-3)
-  return jsd(p, q, b) / (b * (1 - b))
+  def terms(log_p, log_q):
+    difference, bend_p, bend_q = _towards_mixture(log_p, log_q, mix)
+    slopes = (log_p, difference * (1 + bend_p)), (log_q, -difference * (1 + bend_q))
+    return _with_slopes(difference * (bend_p - bend_q), *slopes)
+
+  return total(terms, log_softmax(p), log_softmax(q))
 
 
 def skew_kl(p: Logits, q: Logits, mix: jax.Array | float) -> jax.Array:
-  """KL(p || a p + (1 - a) q), a = mix; 0.1 in DistiLLM (arXiv 2402.03898)."""
+  """Computes KL(p || a p + (1 - a) q), a = mix; 0.1 in DistiLLM (arXiv 2402.03898). It is KL(p || q) at a = 0."""
   return _skew(log_softmax(p), log_softmax(q), mix)
 
 
 def skew_reverse_kl(p: Logits, q: Logits, mix: jax.Array | float) -> jax.Array:
-  """KL(q || a q + (1 - a) p), a = mix; 0.1 in DistiLLM (arXiv 2402.03898)."""
+  """Computes KL(q || a q + (1 - a) p), a = mix; 0.1 in DistiLLM (arXiv 2402.03898). It is KL(q || p) at a = 0."""
   return _skew(log_softmax(q), log_softmax(p), mix)
 
 
 def _skew(log_p: Logits, log_q: Logits, mix: jax.Array | float) -> jax.Array:
-  a = jnp.clip(mix, 0.0, 1 - 1e-6)
-  log_a = jnp.maximum(jnp.log(a), LOWEST)  # log 0 would be fine as a value, but not in the gradient of logaddexp
-  log_m = each(lambda log_p, log_q: jnp.logaddexp(log_p + log_a, log_q + jnp.log1p(-a)), log_p, log_q)
-  return kl_of_logs(log_p, log_m)
+  """Computes KL(p || a p + (1 - a) q) as sum p log(p/m) - p + m, whose terms are nowhere negative."""
+  rest = 1 - mix
+
+  def terms(log_p, log_q):
+    difference, bend_p, _ = _towards_mixture(log_p, log_q, mix)
+    q_over_m = 1 / jnp.maximum(mix * jnp.exp(jnp.minimum(log_p - log_q, FAR)) + rest, TINY)
+    q_over_m = jax.lax.stop_gradient(q_over_m)
+    slopes = (log_p, rest * difference * (bend_p + rest * q_over_m)), (log_q, -(rest**2) * difference * q_over_m)
+    return _with_slopes(rest * difference * bend_p, *slopes)
+
+  return total(terms, log_p, log_q)
+
+
+def _towards_mixture(
+  log_p: jax.Array, log_q: jax.Array, mix: jax.Array | float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns p - q, f(m/p - 1) and f(m/q - 1) as constants, for f(y) = log(1 + y)/y - 1 and m = b p + (1 - b) q.
+
+  With these, p log(p/m) = (1 - b) (p - q) (1 + f(m/p - 1)) and q log(q/m) = b (q - p) (1 + f(m/q - 1)). Nothing is
+  divided by b or by 1 - b, so both ends are exact. Near them float32 would lose the differences of log p, log q, log m.
+  """
+  log_p, log_q, b = (jax.lax.stop_gradient(jnp.float32(x)) for x in (log_p, log_q, mix))
+  d, rest = log_p - log_q, 1 - b
+  difference = -jnp.sign(d) * jnp.exp(jnp.maximum(log_p, log_q)) * jnp.expm1(-jnp.abs(d))
+  return difference, _bend(-d, rest, b), _bend(d, b, rest)
+
+
+def _bend(d: jax.Array, share: jax.Array, rest: jax.Array) -> jax.Array:
+  """Computes log(1 + y)/y - 1 for y = share (exp(d) - 1) and share + rest = 1. It is 0 at y = 0."""
+  y = share * jnp.expm1(jnp.minimum(d, FAR))
+  # Where y is close to -1, 1 + y has lost its digits.
+  log_1_y = jnp.where(y > -0.5, jnp.log1p(jnp.maximum(y, -0.5)), jnp.logaddexp(jnp.log(rest), jnp.log(share) + d))
+  series = -y * (1 / 2 - y * (1 / 3 - y * (1 / 4 - y * (1 / 5 - y * (1 / 6 - y * (1 / 7 - y / 8))))))
+  small = jnp.abs(y) < 0.1
+  return jnp.where(small, series, log_1_y / jnp.where(small, 1.0, y) - 1)
+
+
+def _with_slopes(value: jax.Array, *given: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Returns the value, a constant, with a gradient: for each pair (array, slope) the slope, also a constant.
+
+  The slopes are those of the sum over tokens, less what a softmax takes away from them: one number times p or q.
+  """
+  return value + sum(slope * (x - jax.lax.stop_gradient(x)) for x, slope in given)
 
 
 def total_variation(p: Logits, q: Logits, mix: jax.Array | float = 0.0) -> jax.Array:

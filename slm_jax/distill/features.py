@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from slm_jax.config import require, setting
 from slm_jax.distill.divergences import kl_of_logs
 from slm_jax.distill.judge import judge
-from slm_jax.distill.teachers import Precision, online, restored, stored
+from slm_jax.distill.teachers import Precision, check_precision, online, restored, stored
 from slm_jax.losses import Term
 from slm_jax.model.api import Feature, Model
 from slm_jax.model.attention import document_starts
@@ -49,13 +49,7 @@ class FromWithin(TransformConfig):
     require(self.weight >= 0, f'{key}.weight={self.weight}: must not be negative')
 
   def check_in(self, config: Any, key: str) -> None:
-    for other in config.transforms:  # its parameters are in memory once
-      taught = self.teacher in (getattr(other, 'teacher', ''), *getattr(other, 'co_teachers', ()))
-      precision = getattr(other, 'precision', self.precision)
-      require(
-        not taught or precision == self.precision,
-        f'{key}.precision={self.precision}: transforms.{other.kind} has the same teacher, in precision {precision}',
-      )
+    check_precision(self, config, key)
 
   def finished(self, made: Transform, teacher: Model, name: str, flops: float, resources: Resources) -> Transform:
     """With its FLOPs, and judged by the teacher, whose parameters are `frozen[name]`."""

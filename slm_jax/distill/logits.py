@@ -20,7 +20,7 @@ from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
 from slm_jax.distill.judge import judge
 from slm_jax.distill.signals import Dense, SignalLoss, Tail
 from slm_jax.distill.teachers import Average, Precision, Source
-from slm_jax.losses import Term
+from slm_jax.losses import Auxiliary, Term
 from slm_jax.model.api import Model
 from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
@@ -150,6 +150,7 @@ class Distill(TokenLoss):
   def check_in(self, config: Any, key: str) -> None:
     super().check_in(config, key)
     check_k(self, config, key)
+    teachers.check_precision(self, config, key)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     most = resources.vocab  # fewer than model.vocab_size, where that is padded
@@ -184,6 +185,13 @@ class SelfDistill(TokenLoss):
   def check(self, key: str) -> None:
     super().check(key)
     require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
+
+  def check_in(self, config: Any, key: str) -> None:
+    super().check_in(config, key)
+    for other in config.transforms:
+      latent = other.kind == 'l0' or getattr(other, 'method', '') == 'ste'
+      what = f'its teacher is the average of the weights, which are no model without the masks or gates of {other.kind}'
+      require(not latent, f'{key}: {what}; use one of the two')
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     own = teachers.own_average(in_blocks(resources.model, resources.vocab_chunk), self.kind, resources.vocab)
@@ -243,9 +251,11 @@ def taught_by(
 ) -> Transform:
   """(1 - w) CE(y, q) + w D(p, q) over the tokens of the batch's mask, or of its entry 'taught' where there is one.
 
+  1 - w is the factor of all terms of the data (`Transform.data_weight`), CE being the one that is always there.
+
   numbers: weight, temperature, mix, weight_end, temperature_end, each with `name.` before it; all are traced.
   vocab: the student's logits beyond so many tokens are padding, and not in D.
-  steps: after which the schedules have come to their ends.
+  steps: in the last of which the schedules are at their ends.
   moving: the target is p_t = softmax((1 - t) z_student + t z_teacher), a constant to the gradient, whose t goes from
     mix to 1 (TAID, arXiv 2501.16937): t <- max(linear in the step, t + 5e-4 sigmoid(m) (1 - t)), m <- 0.99 m + 0.01
     times the relative decrease of the term.
@@ -279,8 +289,7 @@ def taught_by(
       if moving:
         t = jnp.maximum(slot['moving'].t, context.hparams[f'{name}.mix'])
         signal = Dense(_between(student, told.logits, t))  # always dense here
-      w, temperature = now(context, 'weight'), now(context, 'temperature')
-      nats = loss(signal, student, tokens, temperature, context.hparams[f'{name}.mix'])
+      nats = loss(signal, student, tokens, now(context, 'temperature'), context.hparams[f'{name}.mix'])
       mask = tokens['rollout'] if drawn else tokens.get('taught', tokens['mask'])
       plain = signals.logged(told, vocabulary.constant(student))
       if isinstance(told, Dense) and 'rollout' in tokens:
@@ -288,21 +297,24 @@ def taught_by(
         terms[f'{name}_reverse_kl'] = Term(back.sum(), tokens['rollout'].sum(), 0.0)
       return {
         **terms,
-        'loss': terms['loss']._replace(weight=(1 - w) * terms['loss'].weight),
-        name: Term((nats * mask).sum(), mask.sum(), w),
+        name: Auxiliary((nats * mask).sum(), mask.sum(), now(context, 'weight')),
         **{f'{name}_{what}': Term((value * mask).sum(), mask.sum(), 0.0) for what, value in plain.items()},
       }
 
     return with_teacher
 
+  def data_weight(context):
+    return 1 - now(context, 'weight')
+
   def after(slot, state, update):
     new = {'source': source.after(slot['source'], state, update)}
     if moving:
       term, start = update.terms[name], update.context.hparams[f'{name}.mix']
-      new['moving'] = _moved(slot['moving'], term.sum / jnp.maximum(term.count, 1), start, state.step / steps)
+      done = state.step / max(steps - 1, 1)  # in the next step, so that the last one has the teacher for its target
+      new['moving'] = _moved(slot['moving'], term.sum / jnp.maximum(term.count, 1), start, done)
     return new, state
 
-  return Transform(name, hparams, init=init, data=data, token_loss=token_loss, after=after)
+  return Transform(name, hparams, init=init, data=data, token_loss=token_loss, data_weight=data_weight, after=after)
 
 
 def _between(student: Logits, teacher: Logits, t: jax.Array) -> Logits:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm_jax.config import require
 from slm_jax.distill import signals
 from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.signals import Dense, Signal
@@ -134,6 +135,21 @@ def drawn(teacher: Teacher, draws: int, name: str) -> Source:
 
 
 # ------------------------------------------------------------------------------------------- frozen parameters, stored
+
+
+def check_precision(spec: Any, config: Any, key: str) -> None:
+  """Raises ConfigError if another transform has one of the teachers of `spec` in memory, in another precision.
+
+  A teacher's parameters are in memory once, as `frozen['teacher_NAME']`.
+  """
+  own = {spec.teacher, *getattr(spec, 'co_teachers', ())}
+  for other in config.transforms:
+    theirs = {getattr(other, 'teacher', ''), *getattr(other, 'co_teachers', ())} if other.online else set()
+    precision = getattr(other, 'precision', spec.precision)
+    require(
+      not own & theirs or precision == spec.precision,
+      f'{key}.precision={spec.precision}: transforms.{other.kind} has the same teacher, in precision {precision}',
+    )
 
 
 class Int8(NamedTuple):

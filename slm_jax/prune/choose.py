@@ -86,18 +86,17 @@ def at_random(config: ModelConfig, seed: int) -> Scores:
 
 
 def by_activations(config: ModelConfig, stats: Stats) -> Scores:
-  """Minitron (arXiv 2407.14679): how large a unit's activations are; see criteria.minitron.
+  """Scores units by the size of their activations (Minitron, arXiv 2407.14679); see criteria.minitron.
 
-  channels: at the input of down. queries, groups: the L2 norm over the dimensions of the input of o. width: at the
-  outputs of both norms, over all layers. layers: block influence.
+  channels: at the input of down. queries, groups: by the L2 norm of their part of the input of o at each token. width:
+  at the outputs of both norms, summed over all layers. layers: block influence.
   """
-  of: dict[str, Any] = {into: np.asarray(x, np.float64) for into, x in criteria.minitron(stats).items()}
-  queries = np.asarray(criteria.heads(of['into_o'], config.n_heads)).reshape(config.n_layers, config.n_kv_heads, -1)
+  of: dict[str, Any] = {kind: np.asarray(x, np.float64) for kind, x in criteria.minitron(stats).items()}
   return Scores(
     channels=of['into_down'],
-    groups=np.asarray(criteria.heads(of['into_o'], config.n_kv_heads)),
-    queries=queries,
-    width=np.sqrt((of['into_qkv'] ** 2 + of['into_mlp'] ** 2).sum(0)),
+    groups=of['groups'],
+    queries=of['heads'].reshape(config.n_layers, config.n_kv_heads, -1),
+    width=(of['into_qkv'] + of['into_mlp']).sum(0),
     layers=np.asarray(criteria.block_influence(stats)),
   )
 

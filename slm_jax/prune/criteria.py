@@ -10,7 +10,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from slm_jax.prune.matrices import SITES, Into, Matrices
+from slm_jax.prune.matrices import SITES, Matrices
 from slm_jax.prune.stats import Stats
 
 
@@ -85,18 +85,13 @@ def flap(w: Matrices, stats: Stats) -> dict[str, jax.Array]:
   return {name: of(name, w_LIO) for name, w_LIO in w.items()}
 
 
-def minitron(stats: Stats) -> dict[Into, jax.Array]:
-  """s_j = sqrt(sum over sequences of (mean_t |a_j|)^2), [L,I] by kind of input (arXiv 2407.14679).
+def minitron(stats: Stats) -> dict[str, jax.Array]:
+  """Computes sqrt(sum over sequences of (mean_t s_t)^2), [L,n] by kind: (batch=L2, seq=mean) of arXiv 2407.14679.
 
-  into_down: channels of the MLP; into_o: of attention, `heads` makes them one number a head; into_qkv and into_mlp:
-  channels of the residual stream, after a norm.
+  into_down: s is the size of a channel of the MLP. heads, groups: s is the L2 norm of a head's output, or of all the
+  outputs of a group of heads. into_qkv, into_mlp: s is the size of a channel of the residual stream, after a norm.
   """
-  return {kind: jnp.sqrt(s_LI) for kind, s_LI in stats.strength.items()}
-
-
-def heads(channels_LI: jax.Array, n_heads: int) -> jax.Array:
-  """A head's worth [L,H] by that of its channels (of 'into_o'): their L2 norm. With G for H: of groups of heads."""
-  return jnp.linalg.norm(channels_LI.reshape(channels_LI.shape[0], n_heads, -1), axis=-1)
+  return {kind: jnp.sqrt(s_Ln) for kind, s_Ln in stats.strength.items()}
 
 
 def block_influence(stats: Stats) -> jax.Array:

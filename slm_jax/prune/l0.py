@@ -50,7 +50,7 @@ class L0(TransformConfig):
   groups: float = setting(1.0, traced=False)
   layers: float = setting(1.0, traced=False)
   width: float = setting(1.0, traced=False)
-  warm: float = 0.5  # share of the steps over which the target comes down
+  warm: float = 0.5  # share of the steps over which the target comes down; it is reached in the last of them
   rate: float = setting(10.0, traced=True)  # learning rate of gates and multipliers, as a multiple of the model's
 
   def check(self, key: str) -> None:
@@ -86,14 +86,14 @@ def counts(config: ModelConfig, spec: L0) -> dict[Unit, int]:
 def l0(config: ModelConfig, left: Mapping[Unit, int], rate: float, warm: int) -> Transform:
   """Gates and multipliers are trained with the parameters, as params['l0'], at `l0.rate` times the learning rate.
 
-  left: how many of each unit stay. warm: steps over which the target comes down. Logs 'l0_<unit>', the expected share
-  of open gates; its Lagrangian is in the objective.
+  left: how many of each unit stay. warm: steps in the last of which the target is reached. Logs 'l0_<unit>', the
+  expected share of open gates; its Lagrangian is in the objective.
   """
   shapes = {unit: (config.n_layers if unit in _OF_LAYERS else 1, size(config, unit)) for unit in left}
 
   def extra(key, params):
     return {
-      'log_alpha': {unit: jnp.full(shape, OPEN) for unit, shape in shapes.items()},
+      'log_alpha': {unit: jnp.full(shape, OPEN, jnp.float32) for unit, shape in shapes.items()},
       'multipliers': {unit: jnp.tile(jnp.array([0.0, STIFF]), (rows, 1)) for unit, (rows, _) in shapes.items()},
     }
 
@@ -105,7 +105,7 @@ def l0(config: ModelConfig, left: Mapping[Unit, int], rate: float, warm: int) ->
   def loss(slot, fn):
     def with_lagrangian(params, hidden_BTD, batch, context):
       terms, learnt = fn(params, hidden_BTD, batch, context), params['l0']
-      come = jnp.minimum(context.step / warm, 1.0)
+      come = jnp.minimum(context.step / max(warm - 1, 1), 1.0)
       one = jnp.float32(1)
       for unit, n in left.items():
         share_R = open_share(learnt['log_alpha'][unit])

@@ -6,6 +6,7 @@ Only tokens in a document count (segments > 0). A sequence is a row of the batch
 of a matrix (heads and their sizes are one axis), B batch, T time, D model width.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ class Stats(NamedTuple):
   """Sums over the tokens that were seen, float32; by kind of input where there are several. Zeros are the neutral one.
 
   moments: for Wanda (arXiv 2306.11695) and FLAP (arXiv 2312.11983).
-  strength: [L,I] sum over sequences of (mean_t |x_t|)^2, for Minitron (arXiv 2407.14679).
+  strength: sum over sequences of (mean_t s_t)^2, for Minitron (arXiv 2407.14679). s is the size |x| of an input, [L,I].
+    For 'heads' [L,H] and 'groups' [L,G] it is the L2 norm of what a head gives to o, or a group of heads together.
   gram: [L,I,I] sum_t x_t x_t^T, for SparseGPT (arXiv 2301.00774); empty unless asked for.
   influence: [L] sum_t of 1 - cos(x_i, x_{i+1}), hidden states before and after a layer (ShortGPT, arXiv 2403.03853).
   angle: [L+1,L+1] sum_t of arccos(cos(x_i, x_j)) / pi, hidden states after i and after j layers: of every block of
@@ -52,7 +54,7 @@ class Stats(NamedTuple):
   tokens: jax.Array
   sequences: jax.Array
   moments: dict[Into, Moments]
-  strength: dict[Into, jax.Array]
+  strength: dict[str, jax.Array]
   gram: dict[Into, jax.Array]
   influence: jax.Array
   angle: jax.Array
@@ -80,7 +82,11 @@ def collect(model: Model, params: Params, batch: Batch, gram: bool = False) -> S
     tokens=tokens,
     sequences=real_BT.any(1).sum(dtype=jnp.float32),
     moments={kind: Moments(tokens, *stacked(_moments, kind)) for kind in KINDS},
-    strength={kind: stacked(_strength, kind) for kind in KINDS},
+    strength={kind: stacked(_strength, kind) for kind in KINDS}
+    | {
+      'heads': stacked(functools.partial(_strength_of_parts, model.config.n_heads), 'into_o'),
+      'groups': stacked(functools.partial(_strength_of_parts, model.config.n_kv_heads), 'into_o'),
+    },
     gram={kind: stacked(_gram, kind) for kind in KINDS} if gram else {},
     influence=influence,
     angle=angle,
@@ -138,6 +144,12 @@ def _moments(x_BTI: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array
 def _strength(x_BTI: jax.Array, real_BT: jax.Array) -> jax.Array:
   mean_BI = jnp.abs(x_BTI).sum(1, dtype=jnp.float32) / jnp.maximum(real_BT.sum(1), 1)[:, None]
   return (mean_BI**2).sum(0)
+
+
+def _strength_of_parts(parts: int, x_BTI: jax.Array, real_BT: jax.Array) -> jax.Array:
+  """Of the L2 norms of so many equal parts of the inputs."""
+  squares_BTI = jnp.square(x_BTI.astype(jnp.float32))
+  return _strength(jnp.sqrt(squares_BTI.reshape(*real_BT.shape, parts, -1).sum(-1)), real_BT)
 
 
 def _gram(x_BTI: jax.Array, real_BT: jax.Array) -> jax.Array:

@@ -80,6 +80,17 @@ class Prune(TransformConfig):
     return prune(self.sparsity, first, last, self.every, self.rules, self._masks(resources)), {}
 
   @property
+  def before(self) -> tuple[str, ...]:  # type: ignore[override]  # which of them depends on the settings
+    """Names the transforms that must stand after this one: averages of the weights, and gates.
+
+    An average must follow the weights after the masks are applied, where that tells (it does not for `Ema` of weights
+    that never come back). Gates on masks in the forward pass only must have the gradient of the masked weights.
+    """
+    if self.method == 'ste':
+      return ('l0',)
+    return ('self_distill', 'ema') if self.rules.regrows else ('self_distill',)
+
+  @property
   def rules(self) -> 'Rules':
     return Rules(*(getattr(self, name) for name in Rules._fields))
 

@@ -188,6 +188,18 @@ def test_alm_is_0_only_at_equality_and_keeps_its_size_for_large_tau():
   assert np.isfinite(jax.grad(lambda x: binary_kl(certain, x, 100.0).sum())(jnp.full(3, -200.0))).all()
 
 
+@pytest.mark.parametrize('tau', [1.0, 100.0])
+def test_a_student_that_is_too_sure_of_a_chunk_is_made_less_sure(tau):
+  """Its log-probability is beyond what float32 tells from 0; the teacher gives the chunk a half."""
+  half = jnp.log(jnp.float32(0.5))
+
+  def slope(log_q):
+    return float(jax.grad(lambda x: binary_kl(half, x, tau))(jnp.float32(log_q)))
+
+  assert slope(-1e-8) == slope(0.0) == slope(-1e-6) > 1e5
+  assert float(jax.grad(lambda x: binary_kl(jnp.float32(0), x, tau))(jnp.float32(0))) == 0  # both are sure
+
+
 def test_uld_does_not_know_which_token_is_which():
   rng = np.random.default_rng(0)
   a, b = (jnp.asarray(rng.normal(size=(5, n)), jnp.float32) for n in (8, 12))

@@ -11,8 +11,9 @@ from slm_jax.model import decoder
 from slm_jax.model.api import Feature
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import criteria
+from slm_jax.prune.choose import by_activations
 from slm_jax.prune.matrices import SITES, matrices
-from slm_jax.prune.stats import collect
+from slm_jax.prune.stats import _strength_of_parts, collect
 
 TINY = ModelConfig(vocab_size=32, d_model=12, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=20, max_len=16)
 MODEL = decoder.build(TINY)
@@ -141,11 +142,44 @@ def test_predictions_are_exact_for_a_quadratic_loss():
     np.testing.assert_allclose(found[at], loss(without) - loss(w), rtol=1e-4, atol=1e-6)
 
 
-def test_a_head_is_the_length_of_its_channels():
-  channels_LI = jnp.asarray([[3.0, 4, 0, 0, 5, 12]])
-  np.testing.assert_allclose(criteria.heads(channels_LI, 3), [[5, 0, 13]])
-  o = criteria.heads(criteria.minitron(stats())['into_o'], TINY.n_heads)
-  assert o.shape == (TINY.n_layers, TINY.n_heads)
+def test_minitron_aggregates_what_each_token_gives():
+  """A loop over layers, sequences and tokens, by the formulas of arXiv 2407.14679: a head's size at a token is the L2
+  norm of its output; then the mean over the tokens of a sequence, then the L2 norm over sequences."""
+  inputs, real = inputs_of(params(), batch()), np.asarray(batch()['segments']) > 0
+  shape = (TINY.n_layers, *real.shape, TINY.n_kv_heads, TINY.n_heads // TINY.n_kv_heads, TINY.head_dim)
+  z = np.asarray(inputs['into_o'], np.float64).reshape(shape)
+  scores = by_activations(TINY, stats())
+  width = np.zeros(TINY.d_model)
+  for layer in range(TINY.n_layers):
+
+    def aggregate(size_of, layer=layer):
+      """sqrt(sum over sequences of (mean over tokens of a size)^2)"""
+      total = 0.0
+      for row in range(len(real)):
+        sizes = [size_of(layer, row, t) for t in range(real.shape[1]) if real[row, t]]
+        total = total + (sum(sizes) / len(sizes)) ** 2
+      return np.sqrt(total)
+
+    for g in range(shape[3]):
+      of_group = aggregate(lambda *at, g=g: np.linalg.norm(z[at][g]))
+      np.testing.assert_allclose(scores.groups[layer, g], of_group, rtol=1e-5)
+      for r in range(shape[4]):
+        of_head = aggregate(lambda *at, g=g, r=r: np.linalg.norm(z[at][g, r]))
+        np.testing.assert_allclose(scores.queries[layer, g, r], of_head, rtol=1e-5)
+    x = {kind: np.abs(np.asarray(inputs[kind], np.float64)) for kind in ('into_down', 'into_qkv', 'into_mlp')}
+    np.testing.assert_allclose(scores.channels[layer], aggregate(lambda *at, x=x: x['into_down'][at]), rtol=1e-5)
+    width += sum(aggregate(lambda *at, x=x, kind=kind: x[kind][at]) for kind in ('into_qkv', 'into_mlp'))
+  np.testing.assert_allclose(scores.width, width, rtol=1e-5)  # layer-wise scores are summed
+
+
+def test_a_head_whose_channels_take_turns_is_larger_than_one_with_a_single_channel():
+  """The norm of the channels' means says 0.71 where each token has a head of length 1."""
+  turns, single = np.zeros((1, 2, 2)), np.zeros((1, 2, 2))
+  turns[0, 0, 0] = turns[0, 1, 1] = 1
+  single[0, :, 0] = 0.9
+  both = jnp.asarray(np.concatenate([turns, single], -1), jnp.float32)
+  found = jnp.sqrt(_strength_of_parts(2, both, jnp.ones((1, 2), bool)))
+  np.testing.assert_allclose(found, [1.0, 0.9], rtol=1e-6)
 
 
 def test_a_layer_that_does_nothing_has_no_influence_and_one_that_turns_the_stream_around_has_two():

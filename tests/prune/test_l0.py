@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from slm_jax.model import decoder
 from slm_jax.model.config import ModelConfig
 from slm_jax.preempt import EXIT_DONE
 from slm_jax.prune.choose import by_gates, choose, fit
-from slm_jax.prune.l0 import BETA, GAMMA, L0, ZETA, drawn, gated, open_share, settled
+from slm_jax.prune.l0 import BETA, GAMMA, L0, STIFF, ZETA, drawn, gated, open_share, settled
 from slm_jax.prune.spec import size
 from slm_jax.step import Context
 
@@ -143,6 +144,18 @@ def test_multipliers_ascend_and_gates_close_while_there_are_too_many():
   assert (grads['multipliers']['channels'] < 0).all()  # descent makes them larger
   pressed = {'l0': {**params['l0'], 'multipliers': {'channels': jnp.ones((3, 2))}}}
   assert (jax.grad(objective)(pressed)['l0']['log_alpha']['channels'] > 0).all()  # and gates smaller
+
+
+@pytest.mark.parametrize('warm', [1, 2, 5, 10])
+def test_the_target_comes_down_from_1_and_is_reached_in_the_last_step_of_the_warm_up(warm):
+  transform, _ = L0(channels=0.5, warm=warm / 10).build(SimpleNamespace(model=decoder.build(SMALL), steps=10))
+  params = {'l0': transform.extra(jax.random.PRNGKey(0), {})}
+  share_L = np.asarray(open_share(params['l0']['log_alpha']['channels']))
+  for step in range(10):
+    context = Context(jnp.int32(step), jax.random.PRNGKey(0), {}, {})
+    penalty = transform.loss((), lambda *given: {})(params, None, {}, context)['l0_channels_penalty'].sum
+    target = 0.5 if step >= warm - 1 and step > 0 else 1 - 0.5 * step / max(warm - 1, 1)
+    assert float(penalty) == pytest.approx(float((STIFF * (share_L - target) ** 2).sum()), rel=1e-4)
 
 
 @pytest.fixture(scope='module')
