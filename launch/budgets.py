@@ -125,7 +125,7 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
     budget.require_price(plan.arms, on.kind)
   sweep = plan.everyone
   costs = cost.predict(sweep, on, paces)
-  spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}
+  spent = {arm_id: budget.spent(plan.workdir, arm, per_step(sweep)) for arm_id, arm in sweep.items()}
   done = {arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)}
   amounts = {}
   for arm_id, arm in ((arm.arm_id, arm) for arm in plan.arms):
@@ -143,17 +143,16 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
 def admission(plan: Plan, options: flags.FlagValues) -> Callable[[Arm], str]:
   """What a worker asks before it starts an arm: why it may not, '' if it may."""
   sweep = plan.everyone
-  return budget.admission(limits(options), plan.workdir, list(sweep.values()), per_token(sweep))
+  return budget.admission(limits(options), plan.workdir, list(sweep.values()), per_step(sweep))
 
 
-def per_token(sweep: dict[str, Arm]) -> Callable[[Arm], float]:
-  """Model FLOPs a token of an arm of the sweep."""
+def per_step(sweep: dict[str, Arm]) -> Callable[[Arm], float]:
+  """Returns the function from an arm of the sweep to the model FLOPs of one of its steps."""
 
   def of(arm: Arm) -> float:
     from slm_jax.ablate.cost import model_flops  # with jax, and needed only where a run was cut off
 
-    tokens, flops = model_flops(arm, sweep)
-    return flops / tokens
+    return model_flops(arm, sweep) / arm.config.train.steps
 
   return of
 

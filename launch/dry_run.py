@@ -16,7 +16,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
   """The table of the plan's arms, and what those that are missing take. on, paces: see `cost.predict`."""
   everyone = plan.everyone
   costs = cost.predict(everyone, on, paces, hardware=True)
-  head = ('state', 'arm', 'name', 'seed', 'builds on', 'params', 'tokens', 'FLOPs', 'executed', '~seconds', '~$')
+  head = ('state', 'arm', 'name', 'seed', 'builds on', 'params', 'slots', 'FLOPs', 'executed', '~seconds', '~$')
   rows = [(*head, 'differs from the base in')]
   for arm in plan.arms:
     c = costs[arm.arm_id]
@@ -29,7 +29,7 @@ def describe(plan: Plan, on: Device, paces: Mapping[str, Pace]) -> str:
         str(arm.config.seed),
         ', '.join(dict.fromkeys(everyone[p].name for p in arm.parents.values())) or '–',
         table.short(c.parameters),
-        table.short(c.tokens),
+        table.short(c.slots),
         table.short(c.flops),
         table.short(c.hardware_flops),
         f'{c.seconds:.0f}',
@@ -52,7 +52,8 @@ def _together(plan: Plan, costs: Mapping[str, Cost], on: Device) -> list[str]:
     f'{len(plan.arms)} arms, {len(missing)} to run: {table.short(add("flops"))} FLOPs,'
     f' about {add("seconds") / 60:.1f} minutes one after another, {add("chip_hours"):.3g} chip-hours,'
     f' ${add("dollars"):.2f}, {add("joules") / 3.6e6:.2g} kWh',
-    '  FLOPs: of the models, teachers included; executed: with what is recomputed, masked or pruned as well',
+    '  slots: for tokens, those of prompts and padding included; FLOPs: of the models, teachers included;'
+    ' executed: with what is recomputed, masked or pruned as well',
     f'  seconds: {cost.basis(on, [costs[arm.arm_id] for arm in plan.arms])}',
     f'  dollars: {"; ".join(sorted(prices))}; energy: estimate, {chips.watts(on.kind)[1]}',
   ]

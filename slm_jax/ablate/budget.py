@@ -4,7 +4,7 @@ A limit is for all arms of the sweep together, those included that earlier launc
 so launching again neither starts the count anew nor counts anything twice. What has been used is read from the result
 store alone (run.json, metrics.jsonl), so every worker on every engine sees the same.
 
-    flops   model FLOPs of training, teachers' forward passes included
+    flops   model FLOPs of training, teachers' forward passes included (of the steps; not of texts or caches they made)
     dollars chip-hours times the price (chips.toml, or run.price)
     hours   of training, summed over the arms: n workers side by side use n of them an hour
 """
@@ -116,7 +116,7 @@ def require_price(arms: Sequence[Arm], kind: str) -> None:
 # --------------------------------------------------------------------------------------------------- while it runs
 
 
-def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> Amount:
+def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Amount:
   """What an arm has used so far: by its summary if it is done, else by the last line of its log.
 
   Steps that were lost with a process and taken again cost time and money; model FLOPs are those of steps that count.
@@ -127,7 +127,7 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
   redone = used.get('seconds_redone', lost(workdir, arm))
   hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
-    flops = used['tokens'] * flops_per_token(arm) if used.get('tokens') else 0.0
+    flops = used['step'] * flops_per_step(arm) if used.get('step') else 0.0
   if dollars is None:
     kind = run.get('device_kind', 'cpu')
     price, _ = chips.price(kind, arm.config.run.price)
@@ -142,7 +142,7 @@ def lost(workdir: Path, arm: Arm) -> float:
 
 
 def admission(
-  limits: Limits, workdir: Path, arms: Sequence[Arm], flops_per_token: Callable[[Arm], float]
+  limits: Limits, workdir: Path, arms: Sequence[Arm], flops_per_step: Callable[[Arm], float]
 ) -> Callable[[Arm], str]:
   """A function that says why an arm may not be started now, '' if it may: asked before each arm of a sweep.
 
@@ -156,8 +156,8 @@ def admission(
       return ''
     for each in arms:
       if each.arm_id not in finished and workdirs.is_done(workdir, each.arm_id):
-        finished[each.arm_id] = spent(workdir, each, flops_per_token)
-    unfinished = [spent(workdir, each, flops_per_token) for each in arms if each.arm_id not in finished]
+        finished[each.arm_id] = spent(workdir, each, flops_per_step)
+    unfinished = [spent(workdir, each, flops_per_step) for each in arms if each.arm_id not in finished]
     used = total([*finished.values(), *unfinished])
     for flag, much, limit in zip(FLAGS, used, limits, strict=True):
       if much >= limit:

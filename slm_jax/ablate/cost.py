@@ -20,6 +20,7 @@ from slm_jax.ablate import measure
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.measure import Pace
 from slm_jax.model.flops import flops_per_token, parameter_count
+from slm_jax.step import merge_flops
 from slm_jax.train import hardware_flops
 
 UTILISATION = 0.35  # of the matrix-product peak, typical of small models; for what has not been measured
@@ -45,7 +46,7 @@ class Cost(NamedTuple):
   """What one arm is predicted to take by itself; arms that train together (populations) take less time."""
 
   parameters: int
-  tokens: int
+  slots: int  # for tokens, in all batches
   flops: float  # model FLOPs
   hardware_flops: float | None  # None if not asked for
   seconds: float
@@ -68,15 +69,15 @@ def device(name: str = '', count: int = 1) -> Device:
   )
 
 
-def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> tuple[int, float]:
-  """`(tokens, model FLOPs)` of an arm's training: own forward and backward, and its teachers' forward passes."""
-  data, model = arm.config.data, arm.config.model
-  tokens = arm.config.train.steps * data.batch_size * data.seq_len
-  online = tuple(f'transforms.{part.kind}.' for part in arm.config.transforms if part.online)
-  teachers = [arms[parent].config.model for key, parent in arm.parents.items() if key.startswith(online)]
-  a_token = flops_per_token(model, data.seq_len)
-  a_token += sum(flops_per_token(teacher, data.seq_len, backward=False) for teacher in teachers)
-  return tokens, tokens * a_token
+def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> float:
+  """Returns the model FLOPs of an arm's training: its own, and what its transforms add, such as a teacher's.
+
+  It is what run.json will call `flops`: the slots of all batches, prompts and padding included, times those of a slot.
+  """
+  config, length = arm.config, arm.config.data.seq_len
+  models = {parent: arms[parent].config.model for parent in arm.parents.values()}
+  added = merge_flops(part.count_flops(config.model, length, models) for part in config.transforms)
+  return config.train.steps * config.slots * (flops_per_token(config.model, length) + sum(added.values()))
 
 
 def predict(
@@ -94,7 +95,7 @@ def predict(
   for arm in arms.values():
     config, key = arm.config, measure.shape_key(arm, arms)
     steps = config.train.steps
-    tokens, flops = model_flops(arm, arms)
+    flops = model_flops(arm, arms)
     if hardware and key not in executed:
       executed[key] = _hardware_flops(arm, arms)
     pace = paces.get(key)
@@ -105,7 +106,7 @@ def predict(
     price, _ = chips.price(on.kind, config.run.price)
     costs[arm.arm_id] = Cost(
       parameters=parameter_count(config.model),
-      tokens=tokens,
+      slots=steps * config.slots,
       flops=flops,
       hardware_flops=executed[key] * steps if hardware else None,
       seconds=seconds,

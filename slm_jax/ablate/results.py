@@ -161,10 +161,11 @@ def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:
-  """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
-  a_token = row.summary['flops'] / row.summary['tokens'] if row.summary.get('flops') else None
+  """The evaluations of an arm. FLOPs (known at its end) are spread over its steps; a teacher's part is in them."""
+  steps = row.config.get('train.steps')
+  a_step = row.summary['flops'] / steps if steps and row.summary.get('flops') else None
   return [
-    Point(line['step'], line['tokens'], a_token and a_token * line['tokens'], line['loss'])
+    Point(line['step'], line['tokens'], a_step and a_step * line['step'], line['loss'])
     for line in lines(workdir, row)
     if line['kind'] == 'eval' and line['loss'] is not None
   ]

@@ -27,7 +27,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, backward: bool = True) ->
   and three times that with the backward pass. So the head is counted once whether tied or not, the embedding lookup is
   not, and causal attention costs half of the T x T square, although a plain implementation computes all of it: MFU
   should not reward wasted work. Nor is recomputation counted (remat, chunked loss), for the same reason. The norms,
-  softmax, RoPE and activations, together a few per cent, are left out.
+  softmax, RoPE and activations, together a few per cent, are left out. A training step takes this for every slot of its
+  batch, and MFU is made of that: prompts and padding are computed as tokens are, though nothing is predicted there.
   """
   c, layers = config, shapes(config)['layers']
   matrices = sum(math.prod(layers[name].shape) for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down') if name in layers)
