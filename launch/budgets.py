@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch.plan import Plan
+from launch.plan import Plan, units
 from slm_jax import chips
 from slm_jax.ablate import budget
 from slm_jax.ablate import workdir as workdirs
@@ -15,7 +15,7 @@ from slm_jax.ablate.budget import FLAGS, Amount, Limits
 from slm_jax.config import ConfigError, require
 
 if TYPE_CHECKING:
-  from slm_jax.ablate.cost import Device
+  from slm_jax.ablate.cost import Device, Programs
   from slm_jax.ablate.measure import Pace
 
 FEW = 8  # names in a message
@@ -25,7 +25,7 @@ def define(values: flags.FlagValues) -> None:
   about = {
     'max_flops': 'model FLOPs that all arms of the sweep may take together, those of earlier launches included',
     'max_cost': 'dollars likewise; run.price says what an hour of a chip costs',
-    'max_hours': 'hours of training likewise, summed over the arms: n arms side by side use n of them an hour',
+    'max_hours': 'hours likewise, of starting and training, summed over the arms: n arms side by side use n an hour',
   }
   for name in FLAGS:
     flags.DEFINE_float(name, None, about[name], flag_values=values)
@@ -79,6 +79,18 @@ def predicting(plan: Plan, options: flags.FlagValues) -> 'tuple[Device, dict[str
   return on, measure.known(plan.workdir)
 
 
+def processes(plan: Plan, options: flags.FlagValues, on: 'Device') -> 'list[Programs]':
+  """Returns what each process of the launch runs: programs one after another, each of one arm or of several."""
+  from launch import local  # needs this module
+  from slm_jax.ablate import cost  # with jax
+
+  sweep = plan.everyone
+  workers = len(local.places_of(plan, options)) if options.launch == 'local' else None
+  if workers == 1:  # this process runs all, in the populations that it finds
+    return [[program for unit in units(plan, 0, 1) for program in cost.programs(sweep, unit.arms, on)]]
+  return [cost.programs(sweep, unit.arms, on) for unit in units(plan, options.arms_per_job, workers)]
+
+
 def _part(plan: Plan, options: flags.FlagValues) -> float:
   """The part of this machine's chips that a worker of the local pool has."""
   from launch import local, places  # local needs this module
@@ -124,7 +136,7 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
   if limits(options).dollars < math.inf:
     budget.require_price(plan.arms, on.kind)
   sweep = plan.everyone
-  costs = cost.predict(sweep, on, paces)
+  costs = cost.predict(sweep, on, paces, processes=processes(plan, options, on))
   spent = {arm_id: budget.spent(plan.workdir, arm, per_step(sweep)) for arm_id, arm in sweep.items()}
   done = {arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)}
   amounts = {}

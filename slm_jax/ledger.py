@@ -55,12 +55,13 @@ class Ledger:
     self._best: float | None = record.get('best')
     self._usage = energy.Usage(record, share)
     self._spent = {phase: 0.0 for phase in (*get_args(Phase), *BESIDE)} | record.get('spent', {})
-    billed = self._spent['redone']
+    billed, started = self._spent['redone'], self._spent['start']
     self._spent |= log.lost  # of processes as well that saved nothing
     self._spent['start'] += share * starting
     self._spent['redone'] += max(log.seconds - self._seconds, 0.0)
     self._spent['down'] += share * max(log.silent - starting, 0.0)
     log.remember({phase: self._spent[phase] for phase in BESIDE})
+    self._usage.tick((self._spent['start'] - started) / share)  # no loop runs yet, but it is paid for
     if again := self._spent['redone'] - billed:
       self._usage.redo(again / share)
     self._pending: tuple[int, Any] | None = None

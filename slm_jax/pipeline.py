@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from slm_jax.config import require
+from slm_jax.config import ConfigError
 from slm_jax.files import read_object
 
 
@@ -36,35 +36,47 @@ def total(pipeline: Mapping[str, float]) -> float:
 
 def _whole(workdir: Path, arm: str) -> dict[str, float]:
   """Returns the pipeline of a finished arm, its own training included."""
+  run = read_object(workdir / 'arms' / arm / 'run.json')
+  pipeline = run.get('pipeline')
+  if not isinstance(pipeline, dict) or None in map(_amount, pipeline.values()):
+    pipeline = _rebuilt(workdir, arm)
+  return {**pipeline, arm: _flops(workdir, arm)}
+
+
+def _flops(workdir: Path, arm: str) -> float:
   path = workdir / 'arms' / arm / 'run.json'
-  run = read_object(path)
-  summary, pipeline = run.get('summary'), run.get('pipeline')
-  flops = summary.get('flops') if isinstance(summary, dict) else None
-  require(_is_amount(flops), f'{path}: damaged; remove {path.parent}/DONE, and launch again')
-  if not isinstance(pipeline, dict) or not all(map(_is_amount, pipeline.values())):
-    pipeline = _rebuilt(workdir, arm, summary)
-  return {**pipeline, arm: flops}
+  flops = _amount(_summary(workdir, arm).get('flops'))
+  if flops is None:
+    raise ConfigError(f'{path}: damaged; remove {path.parent}/DONE, and launch again')
+  return flops
 
 
-def _rebuilt(workdir: Path, arm: str, summary: Mapping[str, Any]) -> dict[str, float]:
+def _rebuilt(workdir: Path, arm: str) -> dict[str, float]:
   """Returns the pipeline of an arm whose run.json has none: it was written before December 2026.
 
   Its `parent_flops` are then a sum over its parents of `flops` and `parent_flops`, and of what it took to make data.
   """
   entries = read_object(workdir / 'experiment.json').get('arms')
   known = {entry.get('arm_id'): entry.get('parents') for entry in entries or () if isinstance(entry, dict)}
-  parents, recorded = known.get(arm), summary.get('parent_flops')
+  parents, recorded = known.get(arm), _amount(_summary(workdir, arm).get('parent_flops'))
   if not isinstance(parents, list):
     logging.warning('arm %s: its record names no ancestors; those that it shares with others count twice', arm)
-    return {f'before {arm}': recorded} if _is_amount(recorded) else {}
-  found, sums = {}, []
+    return {} if recorded is None else {f'before {arm}': recorded}
+  found: dict[str, float] = {}
+  sums = []
   for parent in parents:
     found |= _whole(workdir, parent)
-    own = read_object(workdir / 'arms' / parent / 'run.json')['summary']
-    sums += [own['flops'], own.get('parent_flops') or 0.0]
-  data = recorded - math.fsum(sums) if _is_amount(recorded) else 0.0
+    sums += [_flops(workdir, parent), _amount(_summary(workdir, parent).get('parent_flops')) or 0.0]
+  data = (recorded or 0.0) - math.fsum(sums)
   return {**found, f'data of {arm}': data} if data > 1e-9 * math.fsum(sums) else found
 
 
-def _is_amount(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+def _summary(workdir: Path, arm: str) -> dict[str, Any]:
+  summary = read_object(workdir / 'arms' / arm / 'run.json').get('summary')
+  return summary if isinstance(summary, dict) else {}
+
+
+def _amount(value: Any) -> float | None:
+  """A number of FLOPs; None for anything else that a file may hold."""
+  known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+  return float(value) if known else None

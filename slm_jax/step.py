@@ -159,8 +159,8 @@ class TransformConfig:
   def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
     """Returns the model FLOPs that it adds to each slot of a batch, by what is computed; see `merge_flops`.
 
-    `build` puts them into `Transform.flops`. model: the student's. others: the models of the arms that it names, by the
-    names that stand in its fields.
+    A forward pass of another arm has that arm's name, the rest this transform's. `build` puts them into
+    `Transform.flops`. model: the student's. others: the models of the arms that it names, by what stands in its fields.
     """
     return {}
 

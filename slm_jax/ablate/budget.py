@@ -6,7 +6,8 @@ store alone (run.json, metrics.jsonl), so every worker on every engine sees the 
 
     flops   model FLOPs of training, teachers' forward passes included (of the steps; not of texts or caches they made)
     dollars chip-hours times the price (chips.toml, or run.price)
-    hours   of training, summed over the arms: n workers side by side use n of them an hour
+    hours   of training and of what a process takes before it, compiling say, summed over the arms: n workers side by
+            side use n of them an hour
 """
 
 import collections
@@ -124,8 +125,10 @@ def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Am
   folder = workdirs.folder(workdir, arm.arm_id)
   run = read_object(folder / 'run.json')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
-  redone = used.get('seconds_redone', lost(workdir, arm))
-  hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
+  besides = lost(workdir, arm)
+  if 'seconds_redone' in used:  # it is done
+    besides = used['seconds_redone'] + (used.get('seconds_start') or 0.0)
+  hours, flops, dollars = ((used.get('seconds') or 0.0) + besides) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
     flops = used['step'] * flops_per_step(arm) if used.get('step') else 0.0
   if dollars is None:
@@ -137,8 +140,9 @@ def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Am
 
 
 def lost(workdir: Path, arm: Arm) -> float:
-  """Seconds of steps that an arm, which is not done, has taken or must take again."""
-  return read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST).get('redone') or 0.0
+  """Seconds that brought an arm, which is not done, no further: of steps that it takes again, and of starts."""
+  found = read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST)
+  return sum(found.get(name) or 0.0 for name in ('redone', 'start'))
 
 
 def admission(

@@ -11,6 +11,7 @@ measurement. Results are kept in WORKDIR/cache/measured.json, for this machine; 
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -55,14 +56,18 @@ class Pace(NamedTuple):
   def seconds(self, config: Config, compiled: bool) -> float:
     """What run.json will call `seconds`: the loop from its first compilation to its last checkpoint.
 
-    Every evaluation is taken to be the best so far, and hence saved; with eval.sequences=0, 256 are taken for granted.
+    Every evaluation is taken to be the best so far, and hence saved.
     """
     steps, every, save_every = config.train.steps, config.eval.every, config.run.checkpoint_every
-    evaluated = {*range(0, steps, every), steps}
-    saved = evaluated | set(range(0, steps, save_every))
-    n = -(-(config.eval.sequences or 256) // config.data.batch_size)
+    evaluations, checkpoints, both = (-(-steps // n) for n in (every, save_every, math.lcm(every, save_every)))
     once = self.starting if compiled else self.compiling
-    return once + steps * self.step + len(evaluated) * n * self.eval_batch + len(saved) * self.save
+    evaluating = (evaluations + 1) * evaluation_batches(config) * self.eval_batch
+    return once + steps * self.step + evaluating + (evaluations + checkpoints - both + 1) * self.save
+
+
+def evaluation_batches(config: Config) -> int:
+  """Of one evaluation; with eval.sequences=0, 256 sequences are taken for granted."""
+  return -(-(config.eval.sequences or 256) // config.data.batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------- keys

@@ -119,9 +119,9 @@ class CrossDistill(TransformConfig):
     return made._replace(flops=flops, judge=judge), {name: stored(params, self.precision)}
 
   def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
-    """The teacher reads `length` slots for each sequence of the student, padding included."""
+    """The teacher reads `length` slots of its own for each sequence of the student, padding included."""
     length = self.length or seq_len
-    return {self.kind: flops_per_token(others[self.teacher], length, backward=False) * length / seq_len}
+    return {self.teacher: flops_per_token(others[self.teacher], length, backward=False) * length / seq_len}
 
   def _length(self, resources: Resources) -> int:
     return self.length or resources.seq_len

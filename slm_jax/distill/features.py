@@ -111,7 +111,7 @@ class Features(FromWithin):
   def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
     teacher = others[self.teacher]
     layers, projections = max(layer for _, layer in self.pairs), 6 * model.d_model * teacher.d_model * len(self.pairs)
-    return {f'forward pass of {self.teacher}': forward_flops(teacher, layers, seq_len), self.kind: projections}
+    return {self.teacher: forward_flops(teacher, layers, seq_len), self.kind: projections}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Relations(FromWithin):
     teacher = others[self.teacher]
     own, its = (sum(_width(config, relation) for relation in self.relations) for config in (model, teacher))
     layers, scores = self.teacher_layer or teacher.n_layers, (6 * own + 2 * its) * seq_len / 2
-    return {f'forward pass of {self.teacher}': forward_flops(teacher, layers, seq_len), self.kind: scores}
+    return {self.teacher: forward_flops(teacher, layers, seq_len), self.kind: scores}
 
 
 def check_layer(key: str, layer: int, first: int, last: int, who: str) -> None:

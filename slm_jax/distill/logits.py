@@ -157,7 +157,7 @@ class Distill(TokenLoss):
 
   def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
     arms = (self.teacher, *self.co_teachers)
-    return {f'forward pass of {arm}': flops_per_token(others[arm], seq_len, backward=False) for arm in arms}
+    return {arm: flops_per_token(others[arm], seq_len, backward=False) for arm in arms}
 
   def source(self, teacher: teachers.Teacher) -> tuple[Source, SignalLoss]:
     if self.signal == 'top_k':

@@ -32,10 +32,14 @@ def flops_per_token(config: ModelConfig, seq_len: int, backward: bool = True) ->
   """
   c, layers = config, shapes(config)['layers']
   matrices = sum(math.prod(layers[name].shape) for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down') if name in layers)
-  n_local = c.n_layers - c.n_layers // c.global_every if c.window else 0
-  w = min(c.window, seq_len)
+  forward = 2 * (matrices + c.d_model * c.vocab_size) + 4 * c.n_heads * c.head_dim * attended_keys(c, seq_len)
+  return (3 if backward else 1) * forward
+
+
+def attended_keys(config: ModelConfig, seq_len: int) -> float:
+  """The keys that a token attends to on average, summed over the layers."""
+  n_local = config.n_layers - config.n_layers // config.global_every if config.window else 0
+  w = min(config.window, seq_len)
   keys_global = (seq_len + 1) / 2
   keys_local = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
-  keys = (c.n_layers - n_local) * keys_global + n_local * keys_local
-  forward = 2 * (matrices + c.d_model * c.vocab_size) + 4 * c.n_heads * c.head_dim * keys
-  return (3 if backward else 1) * forward
+  return (config.n_layers - n_local) * keys_global + n_local * keys_local
