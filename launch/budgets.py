@@ -84,11 +84,12 @@ def processes(plan: Plan, options: flags.FlagValues, on: 'Device') -> 'list[Prog
   from launch import local  # needs this module
   from slm_jax.ablate import cost  # with jax
 
-  sweep = plan.everyone
+  missing = {arm.arm_id: arm for arm in plan.arms if not workdirs.is_done(plan.workdir, arm.arm_id)}
   workers = len(local.places_of(plan, options)) if options.launch == 'local' else None
-  if workers == 1:  # this process runs all, in the populations that it finds
-    return [[program for unit in units(plan, 0, 1) for program in cost.programs(sweep, unit.arms, on)]]
-  return [cost.programs(sweep, unit.arms, on) for unit in units(plan, options.arms_per_job, workers)]
+  if workers == 1:  # this process runs all
+    return [cost.programs(list(missing.values()), on)]
+  its = units(plan, options.arms_per_job, workers)
+  return [cost.programs([missing[arm_id] for arm_id in unit.arms], on) for unit in its]
 
 
 def _part(plan: Plan, options: flags.FlagValues) -> float:

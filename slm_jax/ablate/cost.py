@@ -10,6 +10,7 @@ start of the process, and what follows training. A step and an evaluation come f
 one program share its seconds, and programs of one process its start.
 """
 
+import heapq
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ import jax
 
 from slm_jax import chips, perf
 from slm_jax.ablate import estimate, measure
-from slm_jax.ablate.alike import groups
+from slm_jax.ablate.alike import groups, static_key
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.measure import Pace
+from slm_jax.experiment import Config
 from slm_jax.model.flops import flops_per_token, parameter_count
 from slm_jax.train import hardware_flops
 
@@ -88,16 +90,46 @@ def model_flops(arm: Arm, arms: Mapping[str, Arm]) -> float:
   return config.train.steps * config.slots * a_slot
 
 
-def programs(arms: Mapping[str, Arm], unit: Sequence[str], on: Device) -> list[list[str]]:
-  """Returns the arms of a unit of work as a worker trains them: together where they can share a program."""
+def programs(arms: Sequence[Arm], on: Device) -> list[list[str]]:
+  """Returns what one worker makes of these arms (launch/worker.py), in its order.
+
+  It takes the first arm whose parents are done, and all others of that kind that can share its program by then.
+  """
+  left, place = {arm.arm_id: arm for arm in arms}, {arm.arm_id: i for i, arm in enumerate(arms)}
   devices = jax.device_count() if on.kind == 'cpu' else on.of_one.chips
-  split = [i for i in unit if devices > 1 and _mesh(arms[i]) != 1]  # each by itself, over all devices
-  return [*([i] for i in split), *groups({i: arms[i].config for i in unit if i not in split})]
 
+  def kind_of(arm: Arm) -> str:
+    run = arm.config.run
+    split = devices > 1 and run.data_parallel * run.fsdp * run.tensor != 1  # over all devices, by itself
+    return arm.arm_id if split else static_key(arm.config)
 
-def _mesh(arm: Arm) -> int:
-  run = arm.config.run
-  return run.data_parallel * run.fsdp * run.tensor
+  waits = {i: {parent for parent in arm.parents.values() if parent in left} for i, arm in left.items()}
+  children: dict[str, list[str]] = {}
+  for i, parents in waits.items():
+    for parent in parents:
+      children.setdefault(parent, []).append(i)
+  kinds = {i: kind_of(arm) for i, arm in left.items()}
+  ready: dict[str, dict[str, Config]] = {kind: {} for kind in kinds.values()}
+  queue: list[int] = []
+
+  def enter(arm_id: str) -> None:
+    heapq.heappush(queue, place[arm_id])
+    ready[kinds[arm_id]][arm_id] = left[arm_id].config
+
+  for i in [i for i, parents in waits.items() if not parents]:
+    enter(i)
+  found = []
+  while queue:
+    first = arms[heapq.heappop(queue)].arm_id
+    if first in left:
+      found.append(next(group for group in groups(ready[kinds[first]]) if first in group))
+      for i in found[-1]:
+        del left[i], ready[kinds[i]][i]
+      for child in (child for i in found[-1] for child in children.get(i, ())):
+        waits[child].difference_update(found[-1])
+        if not waits[child] and child not in ready[kinds[child]]:
+          enter(child)
+  return found
 
 
 def predict(

@@ -245,5 +245,14 @@ def test_arms_train_together_where_a_worker_would_do_that(on, run, expected):
     )
   )
   names = {arm.arm_id: arm.name for arm in arms}
-  found = cost.programs({arm.arm_id: arm for arm in arms}, list(names), on)
+  found = cost.programs(arms, on)
   assert sorted([names[i] for i in program] for program in found) == expected
+
+
+def test_arms_of_one_kind_wait_for_each_other_only_if_one_is_not_ready():
+  """As in the quickstart: what starts from a teacher shares its program with what starts from nothing."""
+  students = [{'name': 'scratch'}, {'name': 'cut', 'init.arm': 'teacher'}, {'name': 'late', 'init.arm': 'cut'}]
+  arms = arms_of(experiment(base=Config(model=ModelConfig(n_layers=2)), sweep=[TEACHER, *students]))
+  found = cost.programs(arms, cost.device('v5e', 1))
+  names = {arm.arm_id: arm.name for arm in arms}
+  assert [[names[i] for i in program] for program in found] == [['teacher'], ['scratch', 'cut'], ['late']]
