@@ -115,7 +115,7 @@ def test_a_pass_of_one_teacher_for_several_transforms_counts_once():
   ids=['padding', 'prompts', 'accumulated'],
 )
 def test_prompts_and_padding_cost_what_tokens_cost(data, tmp_path):
-  module = experiment(base=base(), sweep=[{**data}])
+  module = experiment(base=base(), sweep=[{**data, 'eval.every': 3}])
   (arm,) = expand(module)
   assert train.run(arm.config, tmp_path, arm.arm_id) == EXIT_DONE
   path = tmp_path / 'arms' / arm.arm_id / 'run.json'
@@ -127,8 +127,9 @@ def test_prompts_and_padding_cost_what_tokens_cost(data, tmp_path):
   assert summary['flops'] == cost.predict({arm.arm_id: arm}, cost.device('v5e'))[arm.arm_id].flops
   (row,) = results.read(tmp_path)
   points = results.curve(tmp_path, row)
-  assert points[0].flops == 0
-  assert points[-1].flops == pytest.approx(summary['flops'])
+  assert [point.step for point in points] == [0, 3, 6]
+  assert [point.flops for point in points] == pytest.approx([0, summary['flops'] / 2, summary['flops']])
+  assert points[1].tokens != points[2].tokens / 2
 
   def a_step(arm):
     return cost.model_flops(arm, {arm.arm_id: arm}) / 6
