@@ -230,7 +230,7 @@ def basis(on: Device, costs: Mapping[str, Cost], arms: Mapping[str, Arm]) -> str
   else:
     guess = (
       f'estimate: {estimate.UTILISATION:.0%} of {on.peak / 1e9:,.0f} GFLOP/s ({on.source}), at least'
-      f' {1e3 * estimate.FLOOR:.0f} ms a step; {compiling}, without the start of machines'
+      f' {1e3 * estimate.FLOOR:.0f} ms a step; {compiling}; without the start of machines, and traffic between slices'
     )
   if len(estimated) < len(costs):
     return f'{how}, for {len(costs) - len(estimated)} arms; for the others an {guess}; {once}'

@@ -9,9 +9,10 @@
     besides               starting processes and programs, compiling, checkpoints, what follows training: `Terms`
 
 The numbers of CPUs were taken from 17 shapes of 4K to 10M parameters on two cores of an Intel Xeon with jax 0.10.2,
-whose median steps are between 0.8 and 1.25 of this. Those of accelerators are assumed: utilisation by the 40 to 55 % of
-an H200 (WORKSPACE.md) less what small models lose, the floor by the host's 1.7 ms a step. Left out: making data,
-and tokens that are written one after another (on-policy), which take longer than their FLOPs say.
+which took between 0.8 and 1.25 of this (median steps, nothing else running). Those of accelerators are assumed:
+utilisation by the 40 to 55 % that an H200 reached at 124M and 1B parameters (WORKSPACE.md), the floor by the host's 1.7
+ms a step. Left out: the start of machines, making data, a network between slices, and that tokens are written one after
+another (on-policy), which takes an accelerator longer than its FLOPs say.
 """
 
 import math
@@ -33,7 +34,7 @@ PASSES = 5.0  # over all numbers of a forward pass: norms, RoPE, softmax, residu
 LAYER = 0.7e-3  # seconds of a layer's forward pass besides, for starting its some hundred operations
 ATTENTION = 0.25  # of the peak: attention's batched products, in the shapes of small models
 UPDATE = 5.0  # passes over the parameters, for the optimiser
-UTILISATION = 0.35  # of an accelerator's published peak
+UTILISATION = 0.4  # of an accelerator's published peak
 FLOOR = 2e-3  # seconds of a step on an accelerator
 DISK = 1e9  # bytes/s of a checkpoint
 

@@ -72,7 +72,7 @@ def test_elsewhere_seconds_come_from_the_peak_and_dollars_from_the_table(only_th
   for name, price in (('listed', 1.20), ('spot', chips.table()['v5e'].prices['spot']), ('mine', 2.0)):
     assert costs[ids[name]].dollars == pytest.approx(price * c.chip_hours)
   assert c.joules == pytest.approx(c.seconds * 4 * chips.table()['v5e'].watts)
-  assert 'estimate: 35% of' in cost.basis(CHIP, costs, arms)
+  assert 'estimate: 40% of' in cost.basis(CHIP, costs, arms)
 
 
 def test_an_unknown_price_is_none_and_not_nothing():
