@@ -18,12 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from launch import aot_hlo
 from launch.aot_hlo import Collective
 from slm_jax import perf, sharding, train
-from slm_jax.ablate import measure, program
+from slm_jax.ablate import estimate, measure, program
 from slm_jax.ablate.arms import Arm
 from slm_jax.chips import Chip
 from slm_jax.config import ConfigError
 from slm_jax.experiment import Config
-from slm_jax.model.flops import flops_per_token
 from slm_jax.model.fused import kernels_in
 
 FARTHEST = 64  # times the largest batch that is known to fit, in one try for a larger one
@@ -103,7 +102,7 @@ def facts(
     parts['activations'] = used
   text, needed = compiled.as_text() if compiled is not None else '', sum(parts.values())
   tokens = config.data.batch_size * config.data.seq_len
-  own = flops_per_token(config.model, config.data.seq_len)
+  own, shared = estimate.own_flops(arm, everyone), sum(estimate.teachers_flops(arm, everyone).values())
   return Facts(
     mesh=_shape(mesh),
     batch=config.data.batch_size,
@@ -113,7 +112,7 @@ def facts(
     limit=limit,
     parts=parts,
     flops=perf.matmul_flops(traced.jaxpr),
-    model_flops=tokens * (arms * own + orders * (job.flops - own)),
+    model_flops=tokens * (arms * own + orders * shared),
     traffic=aot_hlo.hbm_bytes(text) if text else 0.0,
     collectives=aot_hlo.collectives(text, mesh.size, slices_of(mesh)) if text else (),
     kernels=kernels_in(text or traced.lower().as_text()),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch.plan import Plan
+from launch.plan import Plan, units
 from slm_jax import chips
 from slm_jax.ablate import budget
 from slm_jax.ablate.arms import Arm
@@ -14,7 +14,7 @@ from slm_jax.ablate.budget import FLAGS, Amount, Limits
 from slm_jax.config import ConfigError, require
 
 if TYPE_CHECKING:
-  from slm_jax.ablate.cost import Device
+  from slm_jax.ablate.cost import Device, Programs
   from slm_jax.ablate.measure import Pace
 
 FEW = 8  # names in a message
@@ -24,7 +24,7 @@ def define(values: flags.FlagValues) -> None:
   about = {
     'max_flops': 'model FLOPs that all arms of the sweep may take together, those of earlier launches included',
     'max_cost': 'dollars likewise; run.price says what an hour of a chip costs',
-    'max_hours': 'hours of training likewise, summed over the arms: n arms side by side use n of them an hour',
+    'max_hours': 'hours likewise, of starting and training, summed over the arms: n arms side by side use n an hour',
   }
   for name in FLAGS:
     flags.DEFINE_float(name, None, about[name], flag_values=values)
@@ -86,6 +86,19 @@ def predicting(plan: Plan, options: flags.FlagValues) -> 'tuple[Device, dict[str
   return on, measure.known(plan.workdir)
 
 
+def processes(plan: Plan, options: flags.FlagValues, on: 'Device') -> 'list[Programs]':
+  """Returns what each process of the launch runs: programs one after another, each of one arm or of several."""
+  from launch import local  # needs this module
+  from slm_jax.ablate import cost  # with jax
+
+  missing = {arm.arm_id: arm for arm in plan.arms if not plan.is_done(arm.arm_id)}
+  workers = len(local.places_of(plan, options)) if options.launch == 'local' else None
+  if workers == 1:  # this process runs all
+    return [cost.programs(list(missing.values()), on)]
+  its = [[missing[i] for i in unit.arms if i in missing] for unit in units(plan, options.arms_per_job, workers)]
+  return [cost.programs(arms, on) for arms in its if arms]
+
+
 def _part(plan: Plan, options: flags.FlagValues) -> float:
   """The part of this machine's chips that a worker of the local pool has."""
   from launch import local, places  # local needs this module
@@ -129,8 +142,8 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
 
   on, paces = predicting(plan, options)
   sweep = plan.everyone
-  costs = cost.predict(sweep, on, paces)
-  spent = {arm_id: budget.spent(plan.workdir, arm, per_token(sweep)) for arm_id, arm in sweep.items()}
+  costs = cost.predict(sweep, on, paces, processes=processes(plan, options, on))
+  spent = {arm_id: budget.spent(plan.workdir, arm, per_step(sweep)) for arm_id, arm in sweep.items()}
   done = {arm.arm_id for arm in plan.arms if plan.is_done(arm.arm_id)}
   amounts = {}
   for arm_id, arm in ((arm.arm_id, arm) for arm in plan.arms):
@@ -148,17 +161,16 @@ def _amounts(plan: Plan, options: flags.FlagValues) -> tuple[dict[str, Amount], 
 def admission(plan: Plan, options: flags.FlagValues) -> Callable[[Arm], str]:
   """What a worker asks before it starts an arm: why it may not, '' if it may."""
   sweep = plan.everyone
-  return budget.admission(limits(options), plan.workdir, list(sweep.values()), per_token(sweep))
+  return budget.admission(limits(options), plan.workdir, list(sweep.values()), per_step(sweep))
 
 
-def per_token(sweep: dict[str, Arm]) -> Callable[[Arm], float]:
-  """Model FLOPs a token of an arm of the sweep."""
+def per_step(sweep: dict[str, Arm]) -> Callable[[Arm], float]:
+  """Returns the function from an arm of the sweep to the model FLOPs of one of its steps."""
 
   def of(arm: Arm) -> float:
     from slm_jax.ablate.cost import model_flops  # with jax, and needed only where a run was cut off
 
-    tokens, flops = model_flops(arm, sweep)
-    return flops / tokens
+    return model_flops(arm, sweep) / arm.config.train.steps
 
   return of
 

@@ -115,7 +115,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     from launch.dry_run import describe  # needs jax, to count and to measure
 
     asked = plan._replace(arms=arms or plan.arms)
-    print(describe(asked, *budgets.predicting(asked, options)))
+    on, paces = budgets.predicting(asked, options)
+    print(describe(asked, on, paces, budgets.processes(asked, options, on)))
     asked = budgets.within(asked, options)
     print(f'\n{chosen_engine.show(asked, units(asked, options.arms_per_job), options)}')
     return EXIT_DONE

@@ -153,6 +153,11 @@ class Config:
       require(not late, f'{key}.transforms={", ".join(kinds)}: {transform.kind} must stand before {", ".join(late)}')
       transform.check_in(self, f'{key}.transforms.{transform.kind}')
 
+  @property
+  def slots(self) -> int:
+    """The slots for tokens in a batch: prompts and padding take as many FLOPs as the tokens that are predicted."""
+    return self.data.batch_size * self.data.seq_len
+
   def check_parents(self, parents: Mapping[str, 'Config']) -> None:
     """ConfigError for an arm that cannot be made of those which it names: {dotted key: the arm's configuration}."""
     if 'init.arm' in parents:

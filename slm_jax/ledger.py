@@ -36,36 +36,38 @@ class Ledger:
     self,
     log: MetricLog,
     config: Config,
-    flops_per_token: float,
+    flops: float,
     step: int,
     record: Mapping[str, Any],
     share: float = 1.0,
     starting: float = 0.0,
     shown: int = 1,
   ):
-    """share: of the wall time that is booked; 1/n for one of n arms that train in one program.
+    """flops: of the models for each slot of a batch. share: of the wall time that is booked; 1/n for one of n arms that
+    train in one program.
 
     starting: seconds that this process took before the loop. shown: for how many arms this one shows the progress; 0:
     another one does.
     """
     self._share = share
     self._log, self._every = log, config.run.log_every
-    self._flops, self._peak = flops_per_token, perf.peak_flops()[0]
+    self._flops, self._peak = config.slots * flops, perf.peak_flops()[0]  # of a step, of a second
     self._tokens, self._seconds = record.get('tokens', 0.0), record.get('seconds', 0.0)
     self._best: float | None = record.get('best')
     self._usage = energy.Usage(record, share)
     self._spent = {phase: 0.0 for phase in (*get_args(Phase), *BESIDE)} | record.get('spent', {})
-    billed = self._spent['redone']
+    billed, started = self._spent['redone'], self._spent['start']
     self._spent |= log.lost  # of processes as well that saved nothing
     self._spent['start'] += share * starting
     self._spent['redone'] += max(log.seconds - self._seconds, 0.0)
     self._spent['down'] += share * max(log.silent - starting, 0.0)
     log.remember({phase: self._spent[phase] for phase in BESIDE})
+    self._usage.tick((self._spent['start'] - started) / share)  # no loop runs yet, but it is paid for
     if again := self._spent['redone'] - billed:
       self._usage.redo(again / share)
     self._pending: tuple[int, Any] | None = None
     self._since = time.perf_counter()
-    self._window = [0.0, 0.0]  # tokens and training seconds since the last line of the log
+    self._window = np.zeros(3)  # steps, tokens and training seconds since the last line of the log
     self._compiled = False  # the first step compiles, and does not count for the speed
     quiet = not shown or not distributed.is_main()
     self._progress = Progress(config.name or 'run', config.train.steps, step, max(shown, 1), quiet)
@@ -80,7 +82,7 @@ class Ledger:
 
   def record(self) -> dict[str, Any]:
     """What a checkpoint remembers of it."""
-    self._tick('step')
+    self._tick()
     used = {'tokens': self._tokens, 'seconds': self._seconds, 'spent': dict(self._spent), **self._usage.record()}
     return {**used, 'best': self._best}
 
@@ -97,15 +99,16 @@ class Ledger:
     self._pending = None
     with jax.transfer_guard_device_to_host('allow'):  # they are meant; device_get takes ten times as long
       values = {k: float(np.asarray(v)) for k, v in metrics.items()}
-    self._tick('step' if self._compiled else 'compile')
+    self._tick()
     self._tokens += values['tokens']
-    self._window[0] += values['tokens'] * self._compiled
+    self._window[:2] += np.array([1, values['tokens']]) * self._compiled
     self._compiled = True
     bad = [k for k in ('total', 'grad_norm') if not math.isfinite(values[k])]
     if step % self._every == 0 or bad:
-      speed = self._window[0] / self._window[1] if self._window[1] else math.nan
-      mfu = speed * self._flops / self._peak
-      self._window = [0.0, 0.0]
+      steps, tokens, seconds = self._window.tolist()
+      speed, pace = (tokens / seconds, steps / seconds) if seconds else (math.nan, math.nan)
+      mfu = pace * self._flops / self._peak
+      self._window[:] = 0
       used = {'tokens': self._tokens, 'seconds': self._seconds, 'tokens_per_second': speed, 'mfu': mfu}
       self._log.write(step, 'train', {**values, **used})
       self._progress.show(f'loss {values["loss"]:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}')
@@ -116,7 +119,7 @@ class Ledger:
   @contextlib.contextmanager
   def phase(self, phase: Phase) -> Iterator[None]:
     """Time in here goes to that; only steps and data count for the speed."""
-    self._tick('step')
+    self._tick()
     try:
       yield
     finally:
@@ -131,14 +134,16 @@ class Ledger:
     self._best = results['loss']
     return self._best
 
-  def _tick(self, phase: Phase) -> None:
+  def _tick(self, phase: Phase | None = None) -> None:
+    """Books the time since the last tick: in `phase`, or else to the steps, of which the first one is compiled."""
+    phase = phase or ('step' if self._compiled else 'compile')
     now = time.perf_counter()
     self._usage.tick(now - self._since)
     passed = self._share * (now - self._since)
     self._seconds += passed
     self._spent[phase] += passed
     if self._compiled and phase in ('step', 'data'):
-      self._window[1] += passed
+      self._window[2] += passed
     self._since = now
 
 

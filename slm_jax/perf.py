@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,39 @@ def published_peak(kind: str) -> float:
 @functools.cache
 def measured_matmul(n: int = 1024, seconds: float = 0.3) -> float:
   """FLOP/s of the fastest of several n x n float32 matrix products."""
-  x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
-  product = jax.jit(jnp.matmul)
-  product(x, x).block_until_ready()
+  x = _here((n, n), 'float32')
+  return 2 * n**3 / _fastest(jnp.matmul, x, x, seconds=seconds)
+
+
+@functools.cache
+def measured_products(n: int, dtype: str) -> float:
+  """FLOP/s of what a matrix [n, n] takes in training, with 2,048 tokens: y = x w, and the gradients of x and w."""
+  x, w = _here((2048, n), dtype), _here((n, n), dtype)
+  calls = (jnp.matmul, x, w), (lambda y, w: y @ w.T, x, w), (lambda x, y: x.T @ y, x, x)
+  return 3 * 2 * 2048 * n**2 / sum(_fastest(*call, seconds=0.05) for call in calls)
+
+
+@functools.cache
+def measured_elementwise() -> float:
+  """Numbers a second that become x sigmoid(x), in float32 and in a cache's reach; for what is not a product."""
+  x = _here((2048, 1024), 'float32')
+  return x.size / _fastest(lambda x: x * jax.nn.sigmoid(x), x, seconds=0.1)
+
+
+def _here(shape: tuple[int, int], dtype: str) -> jax.Array:
+  return jax.device_put(jnp.ones(shape, dtype), jax.local_devices()[0])
+
+
+def _fastest(function: Callable[..., Any], *arrays: jax.Array, seconds: float) -> float:
+  """Seconds of the fastest of several calls."""
+  call = jax.jit(function)
+  call(*arrays).block_until_ready()
   best, end = float('inf'), time.perf_counter() + seconds
   while time.perf_counter() < end:
     start = time.perf_counter()
-    product(x, x).block_until_ready()
+    call(*arrays).block_until_ready()
     best = min(best, time.perf_counter() - start)
-  return 2 * n**3 / best
+  return best
 
 
 def matmul_flops(program: Any) -> float:

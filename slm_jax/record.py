@@ -41,8 +41,9 @@ class Record:
     if distributed.is_main():
       write_json(self._folder / 'run.json', {**self._known, 'status': 'running'})
 
-  def done(self, summary: Mapping[str, Any]) -> int:
-    self._write('done', summary=summary)
+  def done(self, summary: Mapping[str, Any], pipeline: Mapping[str, float]) -> int:
+    """Notes the results and, beside them, the FLOPs of each part of the pipeline; see slm_jax/pipeline.py."""
+    self._write('done', summary=summary, pipeline=pipeline)
     if distributed.is_main():
       write_text(self._folder / 'DONE', '')
     return EXIT_DONE

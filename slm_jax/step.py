@@ -16,7 +16,7 @@ arms which differ only there share one executable and can be trained by `jax.vma
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +28,7 @@ from slm_jax import losses
 from slm_jax.config import ConfigError
 from slm_jax.losses import Terms
 from slm_jax.model.api import Batch, Feature, Model, Params
+from slm_jax.model.config import ModelConfig
 from slm_jax.optim import Optimizer
 from slm_jax.vocabulary import Logits
 
@@ -111,7 +112,7 @@ class Transform(NamedTuple):
   final: Callable[[Slot, Params], Params] = lambda slot, params: params
   judge: Callable[[Slot, Params, Batch, Context], Terms] = lambda slot, params, batch, context: {}
   witnesses: Callable[[], Mapping[str, Any]] = dict
-  flops: float = 0.0  # that the hooks add to each trained token, for the books
+  flops: Mapping[str, float] = {}  # model FLOPs that the hooks add to each slot of a batch, see `count_flops`
   wants: tuple[Feature, ...] = ()  # of the model's forward pass; `loss` finds it in context.features
   parts: tuple['Transform', ...] = ()  # of a chain
 
@@ -141,7 +142,6 @@ class TransformConfig:
   """What an experiment file says of a transform: a frozen dataclass with a `kind` and a `build`."""
 
   kind: ClassVar[str]
-  online: ClassVar[bool] = True  # whether the arms that it names run along in each step
   before: ClassVar[tuple[str, ...]] = ()  # kinds that it has to stand before, where it is with them
 
   def build(self, resources: Resources) -> tuple['Transform', dict[str, Any]]:
@@ -162,6 +162,25 @@ class TransformConfig:
 
   def check_in(self, config: Any, key: str) -> None:
     """ConfigError for what cannot go together with the rest of the arm's `Config`. `check(key)` sees only itself."""
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    """Returns the model FLOPs that it adds to each slot of a batch, by what is computed; see `merge_flops`.
+
+    A forward pass of another arm has that arm's name, the rest this transform's. `build` puts them into
+    `Transform.flops`. model: the student's. others: the models of the arms that it names, by what stands in its fields.
+    """
+    return {}
+
+
+def merge_flops(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+  """Returns the FLOPs of several transforms together.
+
+  What two of them compute, a forward pass of one teacher say, counts once, by the one that needs more of it.
+  """
+  merged: dict[str, float] = {}
+  for part in parts:
+    merged |= {name: max(flops, merged.get(name, 0.0)) for name, flops in part.items()}
+  return merged
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -231,7 +250,7 @@ def chain(*transforms: Transform) -> Transform:
     return {name: tree for p in parts for name, tree in p.witnesses().items()}
 
   hparams = {k: v for p in parts for k, v in p.hparams.items()}
-  flops = sum(p.flops for p in parts)
+  flops = merge_flops(p.flops for p in parts)
   wants = tuple(dict.fromkeys(feature for p in parts for feature in p.wants))
   hooks = Transform('chain', hparams, init, extra, data, view, token_loss, loss, data_weight, gradients, after)
   return hooks._replace(final=final, judge=judge, witnesses=witnesses, flops=flops, wants=wants, parts=parts)

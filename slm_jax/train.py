@@ -18,13 +18,13 @@ import numpy as np
 from absl import logging
 
 from slm_jax import config as configs
-from slm_jax import distributed, energy, evaluate, metrics, notices, observe, perf, sharding
+from slm_jax import distributed, energy, evaluate, metrics, notices, observe, perf, pipeline, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
-from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.files import disk_errors, write_json
 from slm_jax.ledger import Diverged, Ledger, goodput
 from slm_jax.losses import Terms
 from slm_jax.model import decoder
@@ -71,7 +71,7 @@ class Job(NamedTuple):
   judge: Callable[[dict[str, Slot], Params, Batch, Context], Terms]  # more of them, of the finished model
   witnesses: Callable[[], Mapping[str, Any]]  # what that needs beside `frozen`
   place: Place  # a batch onto the devices
-  flops: float  # a trained token, teachers included
+  flops: float  # of the models for each slot of a batch, teachers included
   began: float  # time.perf_counter() when there was nothing of it yet
 
 
@@ -93,10 +93,10 @@ def run(config: Config, workdir: Path, arm_id: str, code: Mapping[str, str] = {}
         job = prepare(config, workdir, folder)
         notices.show(job.dataset.notices)
         record.note(job.dataset.notices)
-      parents = cost_of_parents(job, workdir)
-      summary = train(job, stop, arm_id)
+      before = pipeline.before((arm for _, arm in configs.arm_references(config)), job.dataset.made, workdir)
+      summary = {**train(job, stop, arm_id), 'parent_flops': pipeline.total(before)}
       check_converged(config, summary)
-      ended = record.done({**summary, **parents})
+      ended = record.done(summary, before)
       stop.pass_on()
       return ended
   except Exception as error:
@@ -204,7 +204,7 @@ def assemble(
     judge=transform.judge,
     witnesses=transform.witnesses,
     place=sharding.placer(mesh),
-    flops=flops_per_token(config.model, config.data.seq_len) + transform.flops,
+    flops=flops_per_token(config.model, config.data.seq_len) + sum(transform.flops.values()),
     began=time.perf_counter(),
   )
 
@@ -335,7 +335,7 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   save_model(job.folder / 'model', config.model, params, job.dataset.tokenizer)
   return {
     **measured,
-    'flops': results['tokens'] * job.flops,
+    'flops': model_flops(job),
     'hardware_flops': config.train.steps * hardware_flops(job) if config.train.steps else 0.0,
     'parameters': parameter_count(config.model),
     **zeros.total(params),
@@ -386,18 +386,12 @@ def check_converged(config: Config, summary: Mapping[str, Any]) -> None:
     )
 
 
+def model_flops(job: Job) -> float:
+  """Of all steps, as the mathematics needs them: the slots of all batches, prompts and padding included."""
+  return job.config.train.steps * job.config.slots * job.flops
+
+
 def hardware_flops(job: Job) -> float:
   """Of one step, as the devices execute it; what `flops` leaves out is in: see `perf.matmul_flops`."""
   traced = jitted(job).trace(job.abstract, abstract_batch(job), job.frozen)  # not anew, if the step was run
   return perf.matmul_flops(traced.jaxpr)
-
-
-def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
-  """FLOPs that went into what this arm builds on: a teacher's training, its own parents', data that were made."""
-  total = job.dataset.flops
-  for arm in {arm for _, arm in configs.arm_references(job.config)}:
-    path = workdir / 'arms' / arm / 'run.json'
-    summary = read_object(path).get('summary', {})
-    configs.require('flops' in summary, f'{path}: damaged; remove {path.parent}/DONE, and launch again')
-    total += summary['flops'] + summary['parent_flops']
-  return {'parent_flops': total}

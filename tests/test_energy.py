@@ -218,7 +218,7 @@ class StopAt(Preemption):
 
 
 def test_a_run_is_billed_for_all_its_lives(tmp_path, monkeypatch):
-  """The loop itself, interrupted: chip-hours follow its seconds, a fake counter's joules are all there."""
+  """The loop itself, interrupted: chip-hours follow its seconds and starts, a fake counter’s joules are all there."""
   config = dataclasses.replace(tiny.config(12), run=dataclasses.replace(tiny.config().run, price='0.5'))
   readings, used = itertools.count(), [0.0]
   counter = Counter(lambda: used[0] + 1000 * next(readings))  # every reading is 1000 J after the one before
@@ -230,9 +230,10 @@ def test_a_run_is_billed_for_all_its_lives(tmp_path, monkeypatch):
   readings, used = itertools.repeat(0), [1e6]  # between its lives others use a lot, and in the second it uses nothing
   summary = train.train(job, Preemption(), 'arm')
   assert summary['seconds'] > first
-  assert summary['chip_hours'] == pytest.approx(summary['seconds'] / 3600)
-  assert summary['dollars'] == pytest.approx(0.5 * summary['seconds'] / 3600)
-  assert summary['joules_estimated'] == pytest.approx(summary['seconds'] * chips.watts('cpu')[0])
+  paid = summary['seconds'] + summary['seconds_start']
+  assert summary['chip_hours'] == pytest.approx(paid / 3600)
+  assert summary['dollars'] == pytest.approx(0.5 * paid / 3600)
+  assert summary['joules_estimated'] == pytest.approx(paid * chips.watts('cpu')[0])
   assert summary['energy_source'] == 'measured: fake'
   assert 1000 <= summary['joules'] <= 20_000
   assert summary['hardware_flops'] == 12 * train.hardware_flops(job)
@@ -263,14 +264,14 @@ def test_what_was_lost_with_processes_stays_in_the_books_and_on_the_bill(tmp_pat
   assert third['spent']['redone'] == 4 + 2
   assert (second['spent']['start'], third['spent']['start']) == (40, 60)
   assert third['spent']['down'] == second['spent']['down'] == 80  # and then it was there again within its start
-  assert third['chip_seconds'] == pytest.approx(5 + 6, abs=0.5)
+  assert third['chip_seconds'] == pytest.approx(5 + 6 + 60, abs=0.5)
   assert third['joules'] is None
   arm = SimpleNamespace(arm_id='x', config=tiny.config(12))
   folder = workdir.folder(tmp_path / 'runs', 'x')
   folder.mkdir(parents=True)
   for file in (path, tmp_path / metrics.LOST):
     shutil.copy(file, folder)
-  assert budget.spent(tmp_path / 'runs', arm, lambda arm: 1.0).hours == pytest.approx((6 + 6) / 3600)
+  assert budget.spent(tmp_path / 'runs', arm, lambda arm: 1.0).hours == pytest.approx((6 + 6 + 60) / 3600)
   later = life({**third, 'seconds': 10.0}, 10, 11)  # from a checkpoint of that life, which knows of all this
   assert later['spent']['redone'] == 6
-  assert later['chip_seconds'] == pytest.approx(third['chip_seconds'], abs=0.5)
+  assert later['chip_seconds'] == pytest.approx(third['chip_seconds'] + 20, abs=0.5)

@@ -39,6 +39,7 @@ FLOORS = [
     'slm_jax.observe',
     'slm_jax.evaluate',
     'slm_jax.record',
+    'slm_jax.pipeline',
   ],
   ['slm_jax.train'],
   ['slm_jax.ablate'],

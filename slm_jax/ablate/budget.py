@@ -4,9 +4,10 @@ A limit is for all arms of the sweep together, those included that earlier launc
 so launching again neither starts the count anew nor counts anything twice. What has been used is read from the result
 store alone (run.json, metrics.jsonl), so every worker on every engine sees the same.
 
-    flops   model FLOPs of training, teachers' forward passes included
+    flops   model FLOPs of training, teachers' forward passes included (of the steps; not of texts or caches they made)
     dollars chip-hours times the price (chips.toml, or run.price)
-    hours   of training, summed over the arms: n workers side by side use n of them an hour
+    hours   of training and of what a process takes before it, compiling say, summed over the arms: n workers side by
+            side use n of them an hour
 """
 
 import collections
@@ -116,7 +117,7 @@ def require_price(arms: Sequence[Arm], kind: str) -> None:
 # --------------------------------------------------------------------------------------------------- while it runs
 
 
-def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> Amount:
+def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Amount:
   """What an arm has used so far: by its summary if it is done, else by the last line of its log.
 
   Steps that were lost with a process and taken again cost time and money; model FLOPs are those of steps that count.
@@ -124,10 +125,12 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
   folder = workdirs.folder(workdir, arm.arm_id)
   run = read_object(folder / 'run.json')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
-  redone = used.get('seconds_redone', lost(workdir, arm))
-  hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
+  besides = lost(workdir, arm)
+  if 'seconds_redone' in used:  # it is done
+    besides = used['seconds_redone'] + (used.get('seconds_start') or 0.0)
+  hours, flops, dollars = ((used.get('seconds') or 0.0) + besides) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
-    flops = used['tokens'] * flops_per_token(arm) if used.get('tokens') else 0.0
+    flops = used['step'] * flops_per_step(arm) if used.get('step') else 0.0
   if dollars is None:
     kind = run.get('device_kind', 'cpu')
     price, _ = chips.price(kind, arm.config.run.price)
@@ -137,12 +140,13 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
 
 
 def lost(workdir: Path, arm: Arm) -> float:
-  """Seconds of steps that an arm, which is not done, has taken or must take again."""
-  return read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST).get('redone') or 0.0
+  """Seconds that brought an arm, which is not done, no further: of steps that it takes again, and of starts."""
+  found = read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST)
+  return sum(found.get(name) or 0.0 for name in ('redone', 'start'))
 
 
 def admission(
-  limits: Limits, workdir: Path, arms: Sequence[Arm], flops_per_token: Callable[[Arm], float]
+  limits: Limits, workdir: Path, arms: Sequence[Arm], flops_per_step: Callable[[Arm], float]
 ) -> Callable[[Arm], str]:
   """A function that says why an arm may not be started now, '' if it may: asked before each arm of a sweep.
 
@@ -156,8 +160,8 @@ def admission(
       return ''
     for each in arms:
       if each.arm_id not in finished and workdirs.is_done(workdir, each.arm_id):
-        finished[each.arm_id] = spent(workdir, each, flops_per_token)
-    unfinished = [spent(workdir, each, flops_per_token) for each in arms if each.arm_id not in finished]
+        finished[each.arm_id] = spent(workdir, each, flops_per_step)
+    unfinished = [spent(workdir, each, flops_per_step) for each in arms if each.arm_id not in finished]
     used = total([*finished.values(), *unfinished])
     for flag, much, limit in zip(FLAGS, used, limits, strict=True):
       if much >= limit:

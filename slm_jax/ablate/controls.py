@@ -2,7 +2,7 @@
 
     tokens      what the arm itself trained on; bytes of text where the arms have different tokenizers
     flops       of its own training, a teacher's forward passes included
-    pipeline    those, and before its first step all that went into the arms it builds on (a teacher's training)
+    pipeline    those, and before its first step all that went into the arms it builds on, each counted once
 
 Between two evaluations the loss is interpolated linearly in the logarithm of the budget, along which curves of training
 are nearly straight. An arm that has no evaluation at or below the budget has no loss at it: nothing is extrapolated.

@@ -58,14 +58,13 @@ class Pace(NamedTuple):
   def seconds(self, config: Config, compiled: bool) -> float:
     """What run.json will call `seconds`: the loop from its first compilation to its last checkpoint.
 
-    Every evaluation is taken to be the best so far, and hence saved; see `evaluation_batches`.
+    Every evaluation is taken to be the best so far, and hence saved.
     """
     steps, every, save_every = config.train.steps, config.eval.every, config.run.checkpoint_every
-    evaluated = {*range(0, steps, every), steps}
-    saved = evaluated | set(range(0, steps, save_every))
-    n = evaluation_batches(config)
+    evaluations, checkpoints, both = (-(-steps // n) for n in (every, save_every, math.lcm(every, save_every)))
     once = self.starting if compiled else self.compiling
-    return once + steps * self.step + len(evaluated) * n * self.eval_batch + len(saved) * self.save
+    evaluating = (evaluations + 1) * evaluation_batches(config) * self.eval_batch
+    return once + steps * self.step + evaluating + (evaluations + checkpoints - both + 1) * self.save
 
 
 def evaluation_batches(config: Config) -> int:

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from slm_jax import evaluate, metrics, notices, perf
+from slm_jax import evaluate, metrics, notices, perf, pipeline
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.program import Program, compile_program, memory_limit
 from slm_jax.checkpoint import Checkpoints, saved
+from slm_jax.config import arm_references
 from slm_jax.data.batches import Prefetch
 from slm_jax.data.dataset import open_data
 from slm_jax.experiment import Config
@@ -29,7 +30,7 @@ from slm_jax.ledger import Diverged, Ledger, Phase
 from slm_jax.preempt import EXIT_PREEMPTED, Preempted, Preemption
 from slm_jax.record import Record
 from slm_jax.step import TrainState
-from slm_jax.train import Job, check_converged, cost_of_parents, finish, prepare, valid_batches
+from slm_jax.train import Job, check_converged, finish, prepare, valid_batches
 
 # ------------------------------------------------------------------------------------------------------- its members
 
@@ -50,7 +51,8 @@ class Member:
   def open(self, job: Job, workdir: Path, files: contextlib.ExitStack) -> None:
     self.job = job._replace(config=self.config, folder=self.folder)
     self._record.note(job.dataset.notices)
-    self._parents = cost_of_parents(self.job, workdir)
+    parents = (arm for _, arm in arm_references(self.config))
+    self._pipeline = pipeline.before(parents, job.dataset.made, workdir)
     self.checkpoints = files.enter_context(
       Checkpoints(self.folder / 'checkpoints', self.config.run.keep, logging.warning)
     )
@@ -80,9 +82,9 @@ class Member:
     """Writes the model and the summary; an arm that has diverged ends, and no other."""
     results = {**self.log.evaluated[self.config.train.steps], **self.ledger.record()}
     try:
-      summary = finish(self.job, state, results)
+      summary = {**finish(self.job, state, results), 'parent_flops': pipeline.total(self._pipeline)}
       check_converged(self.config, summary)
-      self.code = self._record.done({**summary, **self._parents})
+      self.code = self._record.done(summary, self._pipeline)
     except Diverged as error:
       self.end(error)
 

@@ -219,25 +219,27 @@ def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
 def curve(workdir: Path, row: Row) -> list[Point]:
   """The evaluations of an arm on the text of its last one.
 
-  FLOPs (known at its end) are spread over its tokens; a teacher's part is in them.
+  FLOPs (known at its end) are spread over its steps; a teacher's part is in them. Bytes are spread over its tokens.
   """
-  tokens, lined = row.summary.get('tokens'), [line for line in lines(workdir, row) if line['kind'] == 'eval']
+  steps, tokens, flops, n_bytes = (row.summary.get(key) or math.nan for key in ('steps', 'tokens', 'flops', 'bytes'))
+  lined = [line for line in lines(workdir, row) if line['kind'] == 'eval']
   evaluated = row.summary.get('tokens_evaluated') or (lined[-1].get('tokens_evaluated') if lined else None)
-  flops, n_bytes = (
-    row.summary[key] / tokens if tokens and row.summary.get(key) else None for key in ('flops', 'bytes')
-  )
   return [
     Point(
       line['step'],
       line['tokens'],
-      flops and flops * line['tokens'],
+      _known(flops / steps * line['step']),
       line['loss'],
       line.get('bits_per_byte', math.nan),
-      n_bytes and n_bytes * line['tokens'],
+      _known(n_bytes / tokens * line['tokens']),
     )
     for line in lined
     if line['loss'] is not None and line.get('tokens_evaluated', evaluated) == evaluated
   ]
+
+
+def _known(value: float) -> float | None:
+  return None if math.isnan(value) else value
 
 
 def curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]]:

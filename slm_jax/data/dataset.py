@@ -1,7 +1,7 @@
 """The way of the data: sources -> tokenizer -> token stores -> batches."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Dataset(NamedTuple):
   hosts: int = 1
   joins: tuple[Join, ...] = ()  # what a training batch has beside its text
   valid_joins: tuple[Join, ...] = ()  # and one of the valid split
-  flops: float = 0.0  # that it took to make that
+  made: Mapping[str, float] = {}  # FLOPs of what was made for it (texts, predictions of a teacher), by its content
   notices: tuple[str, ...] = ()  # what changes what is read: one sentence each, the same at every opening
 
   def batch(self, step: int) -> HostBatch:

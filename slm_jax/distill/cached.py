@@ -155,7 +155,6 @@ class CachedDistill(TokenLoss):
   """Learn from what a teacher said of the training text, written down once: its forward pass costs no step anything."""
 
   kind: ClassVar[str] = 'cached_distill'
-  online: ClassVar[bool] = False
   teacher: str = setting('', arm=True)  # name of the arm; may be left out where a folder is given
   cache: str = setting(AUTO, semantic=False)  # a folder of slm_jax.distill.cache, or made when it is first needed
   content: str = ''  # what that folder holds; filled in when an experiment is resolved
@@ -193,8 +192,8 @@ class CachedDistill(TokenLoss):
       self._check_cache(cache, wanted, dataset, resources)
     stores = [store for store in dataset.stores if store.has('train')]
     look(cache, stores)
-    flops = dataset.flops + cache.manifest['flops']
-    return dataset._replace(joins=(*dataset.joins, joined(cache, stores, self.kind, self.k)), flops=flops)
+    made = {**dataset.made, f'teacher-{cache.manifest["identity"]}': cache.manifest['flops']}
+    return dataset._replace(joins=(*dataset.joins, joined(cache, stores, self.kind, self.k)), made=made)
 
   def stand_in(self, dataset: Dataset, resources: Resources) -> Dataset:
     join = functools.partial(noise, self.kind, self._layout(resources.vocab))

@@ -31,6 +31,7 @@ from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.teachers import Precision, check_precision, restored, stored
 from slm_jax.losses import Auxiliary, Term, Terms
 from slm_jax.model.api import Batch, Model, Params
+from slm_jax.model.config import ModelConfig
 from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Context, Resources, Slot, Transform, TransformConfig
@@ -49,6 +50,7 @@ class CrossDistill(TransformConfig):
   """(1 - w) CE(y, q) + w D(p, q) with a teacher that has another tokenizer."""
 
   kind: ClassVar[str] = 'cross_distill'
+  holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   divergence: Literal['alm', 'uld'] = 'alm'
   weight: float = setting(0.5, traced=True)  # w of the teacher's term; the data's has 1 - w
@@ -116,10 +118,14 @@ class CrossDistill(TransformConfig):
       made = matched(teacher, numbers, resources.vocab, resources.seq_len)
     else:
       made = ranked_alike(teacher, numbers, resources.vocab)
-    # What the device computes, padding included: how many of its tokens a text has, is not known here.
-    flops = flops_per_token(model.config, length, backward=False) * length / resources.seq_len
+    flops = self.count_flops(resources.model.config, resources.seq_len, {self.teacher: model.config})
     judge = judged(resources.model, teacher, resources.vocab, resources.tokenizer)
     return made._replace(flops=flops, judge=judge), {name: stored(params, self.precision)}
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    """The teacher reads `length` slots of its own for each sequence of the student, padding included."""
+    length = self.length or seq_len
+    return {self.teacher: flops_per_token(others[self.teacher], length, backward=False) * length / seq_len}
 
   def _length(self, resources: Resources) -> int:
     return self.length or resources.seq_len

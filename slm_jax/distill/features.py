@@ -39,6 +39,7 @@ SCORES = 2**22  # of a relation that exist at once, over all sequences and heads
 class FromWithin(TransformConfig):
   """What both kinds have: another arm's trained model, and how much its term counts."""
 
+  holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   _: dataclasses.KW_ONLY
   weight: float = setting(1.0, traced=True)  # of the term; that of the data stays 1
@@ -51,9 +52,10 @@ class FromWithin(TransformConfig):
   def check_in(self, config: Any, key: str) -> None:
     check_precision(self, config, key)
 
-  def finished(self, made: Transform, teacher: Model, name: str, flops: float, resources: Resources) -> Transform:
+  def finished(self, made: Transform, teacher: Model, name: str, resources: Resources) -> Transform:
     """With its FLOPs, and judged by the teacher, whose parameters are `frozen[name]`."""
     by_teacher = judge(resources.model, online(teacher, name, resources.vocab), resources)
+    flops = self.count_flops(resources.model.config, resources.seq_len, {self.teacher: teacher.config})
     return made._replace(flops=flops, judge=lambda slot, *given: by_teacher((), *given))
 
 
@@ -97,11 +99,14 @@ class Features(FromWithin):
     for _, layer in self.pairs:
       check_layer(f'transforms.{self.kind}.layers', layer, 0, model.config.n_layers, f'the teacher {self.teacher}')
     name = f'teacher_{self.teacher}'
-    flops = forward_flops(model.config, max(t for _, t in self.pairs), resources.seq_len)
-    flops += 6 * resources.model.config.d_model * model.config.d_model * len(self.pairs)
     numbers = {'features.weight': self.weight, 'features.rate': self.rate}
     made = projected(model, self.pairs, DISTANCES[self.distance], numbers, name)
-    return self.finished(made, model, name, flops, resources), {name: stored(params, self.precision)}
+    return self.finished(made, model, name, resources), {name: stored(params, self.precision)}
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    teacher = others[self.teacher]
+    layers, projections = max(layer for _, layer in self.pairs), 6 * model.d_model * teacher.d_model * len(self.pairs)
+    return {self.teacher: forward_flops(teacher, layers, seq_len), self.kind: projections}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +141,15 @@ class Relations(FromWithin):
     check_layer(f'{key}.teacher_layer', self.teacher_layer, 0, its.n_layers, who)
     check_heads(f'{key}.heads', self.heads, self.relations, its, who)
     layers = self.layer or own.n_layers, self.teacher_layer or its.n_layers
-    widths = [sum(_width(config, relation) for relation in self.relations) for config in (own, its)]
-    flops = forward_flops(its, layers[1], resources.seq_len) + (6 * widths[0] + 2 * widths[1]) * resources.seq_len / 2
     name = f'teacher_{self.teacher}'
     made = related(model, own, layers, self.relations, self.heads, self.weight, name)
-    return self.finished(made, model, name, flops, resources), {name: stored(params, self.precision)}
+    return self.finished(made, model, name, resources), {name: stored(params, self.precision)}
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    teacher = others[self.teacher]
+    own, its = (sum(_width(config, relation) for relation in self.relations) for config in (model, teacher))
+    layers, scores = self.teacher_layer or teacher.n_layers, (6 * own + 2 * its) * seq_len / 2
+    return {self.teacher: forward_flops(teacher, layers, seq_len), self.kind: scores}
 
 
 def check_layer(key: str, layer: int, first: int, last: int, who: str) -> None:

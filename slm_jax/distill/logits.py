@@ -8,6 +8,7 @@ The configurations below say which: `Distill` learns from other arms, `SelfDisti
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from slm_jax.distill.signals import Dense, SignalLoss, Tail
 from slm_jax.distill.teachers import Average, Precision, Source
 from slm_jax.losses import Auxiliary, Term
 from slm_jax.model.api import Model
+from slm_jax.model.config import ModelConfig
 from slm_jax.model.decoder import in_blocks
 from slm_jax.model.flops import flops_per_token
 from slm_jax.step import Resources, Transform, TransformConfig
@@ -123,6 +125,7 @@ class Distill(TokenLoss):
   """Learn from other arms' trained models as well as from the data."""
 
   kind: ClassVar[str] = 'distill'
+  holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   co_teachers: tuple[str, ...] = setting((), arm=True)  # further arms, whose predictions are averaged with its
   shares: tuple[float, ...] = ()  # of the teacher and each co-teacher; none: equal
@@ -155,17 +158,22 @@ class Distill(TokenLoss):
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     most = resources.vocab  # fewer than model.vocab_size, where that is padded
     require(self.signal != 'top_k' or self.k <= most, f'transforms.distill.k={self.k}: the tokenizer has {most} tokens')
-    parts, frozen, flops = [], {}, 0.0
+    parts, frozen, models = [], {}, {}
     for arm in (self.teacher, *self.co_teachers):
       model, params = resources.load(arm)
       name = f'teacher_{arm}'
       frozen[name] = teachers.stored(params, self.precision)
       parts.append(teachers.online(in_blocks(model, resources.vocab_chunk), name, resources.vocab))
-      flops += flops_per_token(model.config, resources.seq_len, backward=False)
+      models[arm] = model.config
     shares = self.shares or (1.0,) * len(parts)
     teacher = parts[0] if len(parts) == 1 else teachers.average_of(parts, shares, self.average)
     source, loss = self.source(teacher)
+    flops = self.count_flops(resources.model.config, resources.seq_len, models)
     return self.transform(source, loss, teacher, resources)._replace(flops=flops), frozen
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    arms = (self.teacher, *self.co_teachers)
+    return {arm: flops_per_token(others[arm], seq_len, backward=False) for arm in arms}
 
   def source(self, teacher: teachers.Teacher) -> tuple[Source, SignalLoss]:
     if self.signal == 'top_k':
@@ -195,8 +203,11 @@ class SelfDistill(TokenLoss):
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     own = teachers.own_average(in_blocks(resources.model, resources.vocab_chunk), self.kind, resources.vocab)
-    flops = flops_per_token(resources.model.config, resources.seq_len, backward=False)
+    flops = self.count_flops(resources.model.config, resources.seq_len, {})
     return self.transform(teachers.dense(own), self.dense_loss(), own, resources)._replace(flops=flops), {}
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    return {self.kind: flops_per_token(model, seq_len, backward=False)}
 
 
 def check_signal(spec: Any, key: str) -> None:

@@ -18,6 +18,7 @@ rollout is no label: it is not in the cross-entropy of the data, nor is a step's
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -96,7 +97,10 @@ class OnPolicy(TransformConfig):
       pad=resources.pad,
       buffer=self.buffer,
     )
-    return transform._replace(flops=flops_per_token(config, resources.seq_len, backward=False)), {}
+    return transform._replace(flops=self.count_flops(config, resources.seq_len, {})), {}
+
+  def count_flops(self, model: ModelConfig, seq_len: int, others: Mapping[str, ModelConfig]) -> dict[str, float]:
+    return {self.kind: flops_per_token(model, seq_len, backward=False)}
 
 
 def on_policy(

@@ -39,7 +39,6 @@ class SequenceDistill(TransformConfig):
   """Train on texts that another arm's model writes, among the arm's own."""
 
   kind: ClassVar[str] = 'sequence_distill'
-  online: ClassVar[bool] = False
   before: ClassVar[tuple[str, ...]] = ('cached_distill',)  # which is to hold its texts as well
   teacher: str = setting('', arm=True)  # name of the arm
   documents: int = 10_000  # that it writes, each at most a sequence long
@@ -65,9 +64,9 @@ class SequenceDistill(TransformConfig):
     texts = self._store(dataset, resources)
     own = batches.order([texts.train()], (), dataset.config.seed)
     mixed = grain.MapDataset.mix([dataset.train, own], [1 - self.share, self.share]) if self.share < 1 else own
-    flops = dataset.flops + texts.manifest['flops']
+    made = {**dataset.made, texts.path.name: texts.manifest['flops']}
     notices = (*dataset.notices, *texts.notices, *self._unfinished(texts))
-    return dataset._replace(train=mixed, stores=(*dataset.stores, texts), flops=flops, notices=notices)
+    return dataset._replace(train=mixed, stores=(*dataset.stores, texts), made=made, notices=notices)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     return asked_at_the_end(Transform(self.kind), self.teacher, resources), {}

@@ -144,7 +144,8 @@ def check_precision(spec: Any, config: Any, key: str) -> None:
   """
   own = {spec.teacher, *getattr(spec, 'co_teachers', ())}
   for other in config.transforms:
-    theirs = {getattr(other, 'teacher', ''), *getattr(other, 'co_teachers', ())} if other.online else set()
+    holds = getattr(other, 'holds_teacher', False)
+    theirs = {getattr(other, 'teacher', ''), *getattr(other, 'co_teachers', ())} if holds else set()
     precision = getattr(other, 'precision', spec.precision)
     require(
       not own & theirs or precision == spec.precision,

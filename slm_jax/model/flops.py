@@ -27,14 +27,19 @@ def flops_per_token(config: ModelConfig, seq_len: int, backward: bool = True) ->
   and three times that with the backward pass. So the head is counted once whether tied or not, the embedding lookup is
   not, and causal attention costs half of the T x T square, although a plain implementation computes all of it: MFU
   should not reward wasted work. Nor is recomputation counted (remat, chunked loss), for the same reason. The norms,
-  softmax, RoPE and activations, together a few per cent, are left out.
+  softmax, RoPE and activations, together a few per cent, are left out. A training step takes this for every slot of its
+  batch, and MFU is made of that: prompts and padding are computed as tokens are, though nothing is predicted there.
   """
   c, layers = config, shapes(config)['layers']
   matrices = sum(math.prod(layers[name].shape) for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down') if name in layers)
-  n_local = c.n_layers - c.n_layers // c.global_every if c.window else 0
-  w = min(c.window, seq_len)
+  forward = 2 * (matrices + c.d_model * c.vocab_size) + 4 * c.n_heads * c.head_dim * attended_keys(c, seq_len)
+  return (3 if backward else 1) * forward
+
+
+def attended_keys(config: ModelConfig, seq_len: int) -> float:
+  """The keys that a token attends to on average, summed over the layers."""
+  n_local = config.n_layers - config.n_layers // config.global_every if config.window else 0
+  w = min(config.window, seq_len)
   keys_global = (seq_len + 1) / 2
   keys_local = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
-  keys = (c.n_layers - n_local) * keys_global + n_local * keys_local
-  forward = 2 * (matrices + c.d_model * c.vocab_size) + 4 * c.n_heads * c.head_dim * keys
-  return (3 if backward else 1) * forward
+  return (config.n_layers - n_local) * keys_global + n_local * keys_local

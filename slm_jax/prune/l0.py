@@ -45,7 +45,6 @@ class L0(TransformConfig):
   """Learn which feed-forward channels, key/value groups, layers and channels of the residual stream stay."""
 
   kind: ClassVar[str] = 'l0'
-  online: ClassVar[bool] = False
   channels: float = setting(0.5, traced=False)  # share that stays in each layer
   groups: float = setting(1.0, traced=False)
   layers: float = setting(1.0, traced=False)

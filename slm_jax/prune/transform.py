@@ -46,7 +46,6 @@ class Prune(TransformConfig):
   """
 
   kind: ClassVar[str] = 'prune'
-  online: ClassVar[bool] = False
   sparsity: float = setting(0.5, traced=True)  # share of the layers' weights that is zero in the end
   criterion: Criterion = 'magnitude'
   pattern: str = 'layer'  # what is compared: 'layer', 'output', n of m inputs as in '2:4', blocks as in '16x16'

@@ -129,8 +129,8 @@ def write(path, arm, run, lines=(), done=False):
     (folder / 'DONE').touch()
 
 
-def per_token(arm):
-  return 100.0
+def per_step(arm):
+  return 1e5
 
 
 def test_spent_is_the_summary_of_what_is_done_and_the_log_of_what_is_not(tmp_path):
@@ -140,12 +140,12 @@ def test_spent_is_the_summary_of_what_is_done_and_the_log_of_what_is_not(tmp_pat
   chip = {'device_kind': 'TPU v5 lite', 'devices': 4, 'processes': 1}
   write(tmp_path, broken, {'status': 'diverged', **chip}, lines)
   write(tmp_path, priced, {'summary': {'flops': 1.0, 'seconds': 3600, 'dollars': None}, **chip}, done=True)
-  assert budget.spent(tmp_path, done, per_token) == Amount(5e9, 3.0, 2.0)
-  assert budget.spent(tmp_path, broken, per_token) == pytest.approx((2000 * 100, 0.02 * 4 * 1.20, 0.02))
-  assert budget.spent(tmp_path, never, per_token) == Amount()
+  assert budget.spent(tmp_path, done, per_step) == Amount(5e9, 3.0, 2.0)
+  assert budget.spent(tmp_path, broken, per_step) == pytest.approx((2 * 1e5, 0.02 * 4 * 1.20, 0.02))
+  assert budget.spent(tmp_path, never, per_step) == Amount()
   write(tmp_path, never, {'status': 'running', **chip, 'chip_share': 0.5}, lines)
-  assert budget.spent(tmp_path, never, per_token) == pytest.approx((2000 * 100, 0.02 * 4 * 1.20 / 2, 0.02))
-  assert budget.spent(tmp_path, priced, per_token) == pytest.approx((1.0, 4 * 1.20, 1.0))
+  assert budget.spent(tmp_path, never, per_step) == pytest.approx((2 * 1e5, 0.02 * 4 * 1.20 / 2, 0.02))
+  assert budget.spent(tmp_path, priced, per_step) == pytest.approx((1.0, 4 * 1.20, 1.0))
 
 
 def test_a_run_that_was_cut_off_before_its_first_line_has_used_nothing(tmp_path):
@@ -154,7 +154,7 @@ def test_a_run_that_was_cut_off_before_its_first_line_has_used_nothing(tmp_path)
   folder.mkdir(parents=True)
   (folder / 'run.json').write_text('{"status": "runn')
   (folder / 'metrics.jsonl').write_text('{"step": 1')
-  assert budget.spent(tmp_path, arm, per_token) == Amount()
+  assert budget.spent(tmp_path, arm, per_step) == Amount()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_worker_starts_nothing_once_a_limit_is_reached(tmp_path, limits, words
   """Half of it was used by a finished arm, half by one that is running elsewhere."""
   first, second, third, _ = arms = paired(1)
   write(tmp_path, first, {'summary': {'flops': 1e9, 'seconds': 3600, 'dollars': 1.0}}, done=True)
-  admit = budget.admission(limits, tmp_path, arms, lambda arm: 1e6)
+  admit = budget.admission(limits, tmp_path, arms, lambda arm: 1e9)
   assert admit(third) == ''
   running = {'status': 'running', 'device_kind': 'TPU v5 lite', 'devices': 1, 'processes': 1}
   line = {'step': 1, 'kind': 'train', 'tokens': 1000.0, 'seconds': 3600.0, 'dollars': 1.0}

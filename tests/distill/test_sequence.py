@@ -103,7 +103,8 @@ def test_texts_are_drawn_from_the_teacher_and_end_where_it_ends_them(folder):
     assert len(tokens) == 33 or tokens[-1] == eos
   facts = dataset.stores[-1].manifest
   assert facts['splits']['train']['tokens'] == sum(map(len, written))
-  assert dataset.flops == flops_per_token(MODEL.config, 33, backward=False) * sum(map(len, written))
+  flops = flops_per_token(MODEL.config, 33, backward=False) * sum(map(len, written))
+  assert dataset.made == {dataset.stores[-1].path.name: flops}
 
 
 def test_texts_of_another_format_of_stores_are_written_anew(folder, monkeypatch):
@@ -211,7 +212,7 @@ def test_alone_in_a_population_and_measured(tmp_path, monkeypatch):
   (path,) = tmp_path.glob('data/written-*')
   facts = json.loads((path / 'manifest.json').read_text())
   assert alone['parent_flops'] == teacher['flops'] + facts['flops']
-  assert alone['flops'] == pytest.approx(alone['tokens'] * teacher['flops'] / teacher['tokens'])
+  assert alone['flops'] == pytest.approx(alone['steps'] * teacher['flops'] / teacher['steps'])
   assert alone['teacher_loss'] == pytest.approx(teacher['loss'], rel=1e-5)
   assert alone['teacher_ece'] == pytest.approx(teacher['ece'], rel=1e-3)
   assert 'kl' not in teacher

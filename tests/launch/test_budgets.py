@@ -9,7 +9,7 @@ from fakes import FakeTrain, experiment
 
 import launch.cli
 from launch import cli, gke, skypilot, slurm, tpu_vm
-from slm_jax.ablate import measure
+from slm_jax.ablate import estimate, measure
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.measure import Pace
 from slm_jax.ablate.sweep import product, seeds
@@ -33,6 +33,11 @@ def start(capsys):
     return end.value.code, *capsys.readouterr()
 
   return run
+
+
+@pytest.fixture
+def only_the_pace(monkeypatch):
+  monkeypatch.setattr(estimate, 'CPU', estimate.Terms(*[0.0] * len(estimate.Terms._fields)))
 
 
 @pytest.fixture(scope='module')
@@ -156,11 +161,11 @@ def test_a_dry_run_shows_the_table_of_all_and_the_commands_of_what_fits(start, o
   assert error.count('\n') == 1
 
 
-def test_predictions_say_what_they_rest_on(start, tmp_path, monkeypatch):
+def test_predictions_say_what_they_rest_on(start, tmp_path, monkeypatch, only_the_pace):
   pace = Pace(compiling=1000.0, starting=1000.0, step=1.0, eval_batch=0.0, save=0.0, steps=1000)
   monkeypatch.setattr(measure, 'measure', lambda *args: pace)
   code, out, _ = start('--dry_run')
-  assert 'seconds: estimate, 35% of' in out
+  assert 'seconds: estimate: products at' in out
   assert list(tmp_path.iterdir()) == []
   code, out, _ = start('--dry_run', '--measure')
   assert 'seconds: measured on this machine' in out
@@ -174,7 +179,7 @@ def test_predictions_say_what_they_rest_on(start, tmp_path, monkeypatch):
   assert 'measured on this machine' not in out
 
 
-def test_a_pool_on_the_cores_of_one_machine_is_no_cheaper(start, monkeypatch):
+def test_a_pool_on_the_cores_of_one_machine_is_no_cheaper(start, monkeypatch, only_the_pace):
   pace = Pace(compiling=1000.0, starting=1000.0, step=1.0, eval_batch=0.0, save=0.0, steps=1000)
   monkeypatch.setattr(measure, 'measure', lambda *args: pace)
   for workers, seconds in (('1', '2000'), ('2', '4000')):
@@ -183,7 +188,7 @@ def test_a_pool_on_the_cores_of_one_machine_is_no_cheaper(start, monkeypatch):
     assert '2.22 chip-hours' in out
 
 
-def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, tmp_path, monkeypatch):
+def test_limits_on_time_and_money_are_measured_before_they_are_believed(start, tmp_path, monkeypatch, only_the_pace):
   asked = []
 
   def fake(arm, *rest):
@@ -243,3 +248,34 @@ def test_a_slice_is_predicted_as_what_it_is(engine, name, chip, count, monkeypat
   options = cli.parse([*asked, '--device=v4'], 'tiny')
   engine.check(plan, options)
   assert (options.device, options.devices) == ('v4', 1)  # as the user said
+
+
+SLICE = ['--launch=tpu_vm', '--tpu_vm_type=v6e-16', '--tpu_vm_zone=z', '--tpu_vm_share=10.0.0.2:/v']
+
+
+def test_a_small_sweep_on_a_slice_takes_minutes_and_dollars(start):
+  """Not nothing, as its FLOPs alone would say."""
+  code, out, error = start('--dry_run', '--workdir=/mnt/slm/tiny', *SLICE)
+  assert (code, error) == (0, '')
+  (line,) = (line for line in out.split('\n') if line.startswith('4 arms, 4 to run'))
+  minutes = float(line.partition(' about ')[2].split()[0])
+  dollars = float(line.partition('$')[2].split(',')[0])
+  its = estimate.ACCELERATOR
+  least = 4 * (its.process + its.program + its.finish) / 60  # a process for each arm
+  assert least < minutes < 4 * least
+  assert dollars == pytest.approx(16 * minutes / 60 * 2.7, rel=0.1)
+  assert 'without the start of machines' in out
+  assert '20 s to start a process' in out
+
+
+def test_one_process_for_all_arms_starts_once(start, monkeypatch):
+  """A limit that leaves room for one start is not refused as if every arm had its own."""
+  nothing = estimate.Terms(*[0.0] * len(estimate.Terms._fields))
+  monkeypatch.setattr(estimate, 'CPU', nothing._replace(process=3600.0))
+  monkeypatch.setattr(measure, 'measure', lambda *given: Pace(0.0, 0.0, 0.001, 0.0, 0.0, 1000))
+  train = FakeTrain()
+  assert start('--max_hours=1.1', train=train)[0] == 0
+  assert len(train.called) == 4
+  code, _, error = start('--max_hours=2', '--local_workers=4', '--workdir=other', '--dry_run', '--measure')
+  assert code == 1
+  assert 'the sweep would take 4 hours' in error
