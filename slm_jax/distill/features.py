@@ -310,7 +310,7 @@ def operands(
   scale = a.shape[-1] ** -0.5
   if relation == 'qk':
     scale *= config.query_scale * config.head_dim**0.5
-  return a * scale, b
+  return (a.astype(jnp.float32) * scale).astype(a.dtype), b  # the scale is not rounded to the dtype of a
 
 
 def relation_kl(

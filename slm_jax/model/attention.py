@@ -30,7 +30,9 @@ def attention(
   scale: float,
   products: Products = ANYWHERE,
 ) -> jax.Array:
-  """softmax(scale * q k^T) v over the slots low..high of each query; float32 softmax; returns [B,T,H,K].
+  """Computes softmax(scale * q k^T) v over the slots low..high of each query: [B,T,H,K].
+
+  The softmax is float32, its scale and normaliser included; its weights are rounded once, to the dtype of v.
 
   Query heads h*R..h*R+R-1 share key/value head h (R = H/G); the shared heads are never copied. The leading axis of
   `low` and `high` may be 1. An empty interval is not allowed, nor one that ends after the query's own slot.
@@ -44,20 +46,26 @@ def attention(
   for end in range(width, t + 1, width):
     rows, keys = slice(end - width, end), slice(0, end if blocks > 1 else s)
     seen = k_BSGK[:, keys], v_BSGK[:, keys], low_BT[:, rows], high_BT[:, rows]
-    part = _attend(products, q_BTHK[:, rows] * scale, *seen)
+    part = _attend(products, scale, q_BTHK[:, rows], *seen)
     out.append(part)
   return jnp.concatenate(out, axis=1) if blocks > 1 else out[0]
 
 
 def _attend(
   products: Products,
+  scale: float,
   q_BTHK: jax.Array,
   k_BSGK: jax.Array,
   v_BSGK: jax.Array,
   low_BT: jax.Array,
   high_BT: jax.Array,
 ) -> jax.Array:
-  """One block. The mask is added, and the division comes last, on the smaller array: fewer passes over the scores."""
+  """Computes one block of queries. The mask is added: fewer passes over the scores.
+
+  In float32 the division by the weights' sum comes last, on the smaller array. In a narrower dtype it comes before the
+  weights are rounded: rounding them and their sum before that doubles the error in the gradients of queries and keys,
+  and saves 0 to 6 % of a step on a CPU.
+  """
   (b, t, h, k), (s, g) = q_BTHK.shape, k_BSGK.shape[1:3]
   r = h // g
   slot_11S = jnp.arange(s)[None, None]
@@ -68,13 +76,17 @@ def _attend(
   k_BGSK, v_BGSK = jnp.moveaxis(k_BSGK, 1, 2), jnp.moveaxis(v_BSGK, 1, 2)
   # The R heads and T queries of a group are the rows of one matrix product.
   scores_BGNS = products.wide('bgnk,bgsk->bgns', q_BGRTK.reshape(b, g, r * t, k), k_BGSK)
-  scores_BGRTS = scores_BGNS.reshape(b, g, r, t, s) + bias_B11TS
+  scores_BGRTS = scale * scores_BGNS.reshape(b, g, r, t, s) + bias_B11TS
   peak_BGRT1 = jax.lax.stop_gradient(scores_BGRTS.max(-1, keepdims=True))
   weights_BGRTS = jnp.exp(scores_BGRTS - peak_BGRT1)
-  total_BGRT = weights_BGRTS.sum(-1)
-  weights_BGNS = weights_BGRTS.reshape(b, g, r * t, s).astype(v_BSGK.dtype)
-  z_BGNK = products.narrow('bgns,bgsk->bgnk', weights_BGNS, v_BGSK)
-  z_BGRTK = z_BGNK.reshape(b, g, r, t, k) / total_BGRT[..., None].astype(v_BSGK.dtype)
+  total_BGRT1 = weights_BGRTS.sum(-1, keepdims=True)
+  rounds = v_BGSK.dtype != jnp.float32
+  if rounds:
+    weights_BGRTS = weights_BGRTS * (1 / total_BGRT1)
+  weights_BGNS = weights_BGRTS.reshape(b, g, r * t, s).astype(v_BGSK.dtype)
+  z_BGRTK = products.narrow('bgns,bgsk->bgnk', weights_BGNS, v_BGSK).reshape(b, g, r, t, k)
+  if not rounds:
+    z_BGRTK = z_BGRTK / total_BGRT1
   return jnp.moveaxis(z_BGRTK, 3, 1).reshape(b, t, h, k)
 
 

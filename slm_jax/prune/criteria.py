@@ -51,7 +51,8 @@ def obd(w: Matrices, h: Matrices) -> Matrices:
 def wanda(w: Matrices, stats: Stats) -> Matrices:
   """|W_ij| ||X_j||_2 (arXiv 2306.11695): the error of the output's i-th column over the tokens if W_ij is deleted.
 
-  To be compared among the inputs of one output.
+  To be compared among the inputs of one output. Of which model the activations are, the statistics say: of the dense
+  one, or, layer by layer, of the one that is pruned up to there (`OneShot.activations`).
   """
   return {name: jnp.abs(_f32(w_LIO)) * _norms(stats, name)[..., None] for name, w_LIO in w.items()}
 

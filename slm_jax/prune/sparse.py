@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 from slm_jax.config import Needs, require
 from slm_jax.model.api import Model, Params
@@ -19,7 +20,7 @@ from slm_jax.prune.allocate import Allocation
 from slm_jax.prune.matrices import Matrices, matrices, put, sizes
 from slm_jax.prune.oneshot import compensated, require_bias, sequential
 from slm_jax.prune.patterns import Pattern, check_budget, check_shapes, check_sparsity, select
-from slm_jax.prune.stats import collect_all
+from slm_jax.prune.stats import collect_all, collector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,24 @@ class OneShot:
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
   # What makes up for them, layer by layer (oneshot.compensated): what stays is fitted anew, or biases are shifted.
   compensate: Literal['none', 'least_squares', 'mean_shift'] = 'none'
+  # Of which model Wanda and RIA read activations. dense: of the dense one for all layers, by one pass over the text.
+  # layerwise, as their authors do: for each layer of the model whose earlier layers are pruned already, L passes.
+  activations: Literal['dense', 'layerwise'] = 'dense'
 
   needs: ClassVar[Needs] = dict.fromkeys(
     ('sparsity', 'pattern', 'allocation'), (lambda its: its.criterion != 'none', 'a criterion')
   )
 
   def check(self, key: str) -> None:
+    if self.activations == 'layerwise':
+      what = f'{key}.activations=layerwise'
+      why = 'takes them so in any case' if self.criterion == 'sparsegpt' else 'reads none'
+      known = self.criterion in ('wanda', 'ria')
+      require(known, f'{what}: is for wanda and ria; criterion={self.criterion} {why}; allowed: dense')
+      known = self.allocation in ('uniform', 'erk')
+      require(known, f'{what}: allocation={self.allocation} compares the scores of all layers; allowed: uniform, erk')
+      known = self.compensate == 'none'
+      require(known, f'{what}: compensate={self.compensate} changes what later layers are given; allowed: none')
     require(
       self.compensate == 'none' or self.criterion not in ('none', 'sparsegpt'),
       f'{key}.compensate={self.compensate}: with criterion={self.criterion} there is '
@@ -68,11 +81,28 @@ def sparse(spec: OneShot, model: Model, params: Params, batches: Iterable[Any], 
   if spec.criterion == 'sparsegpt':
     rule = Pattern.parse(spec.pattern, 'pattern')
     return sequential(model, params, text, (rule.n, rule.m) if rule.kind == 'n:m' else spec.sparsity)[0]
+  if spec.activations == 'layerwise':
+    return layer_by_layer(spec, model, params, text)
   w = matrices(params)
   masks = _select(scores(spec.criterion, model, params, text, seed), 1 - spec.sparsity, spec.pattern, spec.allocation)
   if spec.compensate != 'none':
     return compensated(model, params, masks, text, spec.compensate)
   return put(params, {name: w[name] * masks[name] for name in w})
+
+
+def layer_by_layer(spec: OneShot, model: Model, params: Params, text: list[Any]) -> Params:
+  """Prunes one layer after another, each by what it is given once the layers before it are pruned.
+
+  All matrices of a layer are judged by its dense activations, as in the code of Wanda (arXiv 2306.11695) and RIA.
+  """
+  collect, score = collector(model), criteria.wanda if spec.criterion == 'wanda' else criteria.ria
+  params = jax.tree.map(jnp.asarray, params)  # those of a cut are numpy's
+  for layer in range(model.config.n_layers):
+    found = score(matrices(params), collect(params, text))
+    masks = _select(found, 1 - spec.sparsity, spec.pattern, spec.allocation)  # of which one layer's are taken
+    new = {name: w.at[layer].multiply(masks[name][layer]) for name, w in matrices(params).items()}
+    params = put(params, new)
+  return params
 
 
 # Outside of jit each of its loops would be a program of its own, and compiled anew for every arm.

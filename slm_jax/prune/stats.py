@@ -7,7 +7,7 @@ of a matrix (heads and their sizes are one axis), B batch, T time, D model width
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -101,16 +101,25 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def collect_all(model: Model, params: Params, batches: Iterable[Batch], gram: bool = False) -> Stats:
-  """Stats of all batches together; compiled once for batches of one shape. ConfigError if there are no tokens."""
+  """Returns the stats of all batches together. ConfigError if there are no tokens."""
+  return collector(model, gram)(params, batches)
+
+
+def collector(model: Model, gram: bool = False) -> Callable[[Params, Iterable[Batch]], Stats]:
+  """Returns (params, batches) -> stats of all batches, compiled once for all parameters and batches of one shape."""
   one = jax.jit(lambda params, batch: collect(model, params, batch, gram))
   both = jax.jit(merge, donate_argnums=0)
-  total = None
-  for batch in batches:
-    new = one(params, {name: batch[name] for name in ('inputs', 'segments')})
-    total = new if total is None else both(total, new)
-  require(total is not None and bool(total.tokens > 0), 'calibration: no tokens (of segments > 0)')
-  assert total is not None
-  return total
+
+  def of(params: Params, batches: Iterable[Batch]) -> Stats:
+    total = None
+    for batch in batches:
+      new = one(params, {name: batch[name] for name in ('inputs', 'segments')})
+      total = new if total is None else both(total, new)
+    require(total is not None and bool(total.tokens > 0), 'calibration: no tokens (of segments > 0)')
+    assert total is not None
+    return total
+
+  return of
 
 
 def distinct_tokens(batches: Iterable[Batch]) -> int:

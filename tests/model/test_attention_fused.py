@@ -6,6 +6,7 @@ On this CPU splash runs interpreted, and cuDNN's part ends at the text that a GP
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.export
@@ -181,6 +182,12 @@ def test_a_gpu_is_given_cudnn_forward_and_backward(pretended_cudnn, window, pack
   assert fused.kernels_in(text) == {'cudnn': 2}, 'one each in the two loops over layers'
   masked = text.count('fmhaScaleBiasSoftmax')
   assert bool(masked) == (packed or bool(window)), 'documents and windows are a mask'
+
+
+def test_cudnn_is_given_the_scale_and_not_queries_that_it_was_rounded_into(pretended_cudnn):
+  text = lowered_for_cuda(model(1, 1, 48, dtype='bfloat16', n_layers=1), GPU)
+  scales = [float(x) for x in re.findall(r'fmha_scale\\22: ([0-9.e+-]+)', text)]
+  assert scales == pytest.approx([48**-0.5] * 2, rel=1e-6)  # forward and backward
 
 
 def test_a_gpu_is_given_the_reference_where_cudnn_cannot(pretended_cudnn):
