@@ -5,7 +5,15 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+from slm_jax import ranges
 from slm_jax.config import ConfigError, require
+
+
+def check_ranges(options: flags.FlagValues, **within: str) -> None:
+  """ConfigError unless each flag named in `within` lies in its range (ranges.py)."""
+  for name, text in within.items():
+    fault = ranges.parse(text).fault(options[name].value)
+    require(not fault, f'--{name}={options[name].value}: {fault}')
 
 
 def run(

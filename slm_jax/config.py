@@ -22,6 +22,8 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from slm_jax import ranges
+
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
 
@@ -40,15 +42,17 @@ def to_install(extra: str) -> str:
   return f"pip install '.[{extra}]' in the project's folder"
 
 
-def setting(default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False) -> Any:
+def setting(default: Any, within: str = '', *, semantic: bool = True, arm: bool = False, traced: bool = False) -> Any:
   """A dataclass field with a default.
 
+  within: the range of a number, or of each number in a tuple, as in '[0, 1)'; see ranges.py. Every number has one.
   semantic: False for what cannot change the result (paths, device counts, logging); such fields are not hashed.
   arm: True if the value names another arm of the same sweep, on whose checkpoint this one depends.
   traced: True for a number that the compiled step takes as an argument (`hparams`): arms that differ only in such
     numbers share one executable.
   """
-  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm, 'traced': traced})
+  known = {'within': ranges.parse(within)} if within else {}
+  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm, 'traced': traced, **known})
 
 
 # ---------------------------------------------------------------------------------------------- dotted overrides
@@ -161,25 +165,41 @@ def _scalar(annotation: type, value: Any, key: str) -> Any:
 def check(config: T, key: str = 'config') -> T:
   """Returns `config` with every value as a member of its field's type (1 -> 1.0, a list -> a tuple), or ConfigError.
 
-  Depth first, so that a section's own `check(key)` sees parts that are valid already.
+  Numbers must lie in the range of their field, and text must be Unicode. Depth first, so that a section's own
+  `check(key)` sees parts that are valid already.
   """
   hints, changed = _hints(type(config)), {}
   for field in dataclasses.fields(config):
-    given = getattr(config, field.name)
-    if type(given) is hints[field.name] and type(given) in _LEAVES:
-      continue
-    name = f'{key}.{field.name}'
-    value = coerce(hints[field.name], given, name)
-    if _is_section(value):
-      value = check(value, name)
-    elif isinstance(value, tuple):
-      value = tuple(check(v, f'{name}.{kind_of(v)}') if _is_section(v) else v for v in value)
+    value = given = getattr(config, field.name)
+    if type(given) is not hints[field.name] or type(given) not in _LEAVES:
+      name = f'{key}.{field.name}'
+      value = coerce(hints[field.name], given, name)
+      if _is_section(value):
+        value = check(value, name)
+      elif isinstance(value, tuple):
+        value = tuple(check(v, f'{name}.{kind_of(v)}') if _is_section(v) else v for v in value)
+    if fault := _fault(value, field.metadata.get('within')):
+      raise ConfigError(f'{key}.{field.name}={value!r}: {fault}')
     if value is not given:
       changed[field.name] = value
   config = dataclasses.replace(config, **changed) if changed else config
   if hasattr(config, 'check'):
     config.check(key)
   return config
+
+
+def _fault(value: Any, within: ranges.Range | None) -> str:
+  """Says what is wrong with a leaf, or with the first one of a tuple that is wrong; '' if nothing is."""
+  if isinstance(value, tuple):
+    return next(filter(None, (_fault(each, within) for each in value)), '')
+  if isinstance(value, str) and not is_unicode(value):
+    return 'must be Unicode text; the name of a file must be UTF-8'
+  return within.fault(value) if within is not None and value is not None else ''
+
+
+def is_unicode(text: str) -> bool:
+  """False for a text with half of a surrogate pair, such as the name of a file that is not UTF-8."""
+  return text.isascii() or not any('\ud800' <= c <= '\udfff' for c in text)
 
 
 def _is_section(value: Any) -> bool:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
   [
     'slm_jax.config',
+    'slm_jax.ranges',
     'slm_jax.commands',
     'slm_jax.files',
     'slm_jax.preempt',

@@ -52,6 +52,7 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   """Builds the cache; a line about it."""
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
+  commands.check_ranges(options, seed='[0, 2^32)')
   require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
   workdir = expanded(options.workdir)
   folder = teacher_folder(workdir, options.teacher)

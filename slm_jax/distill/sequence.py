@@ -42,18 +42,14 @@ class SequenceDistill(TransformConfig):
   online: ClassVar[bool] = False
   before: ClassVar[tuple[str, ...]] = ('cached_distill',)  # which is to hold its texts as well
   teacher: str = setting('', arm=True)  # name of the arm
-  documents: int = 10_000  # that it writes, each at most a sequence long
-  temperature: float = 1.0  # of its draws; 0: greedy
-  top_p: float = 1.0  # of its draws
-  share: float = 0.5  # of the training sequences that it wrote; the others are the arm's own
-  seed: int = 0  # of its draws
+  documents: int = setting(10_000, '[1, 2^31)')  # that it writes, each at most a sequence long
+  temperature: float = setting(1.0, '[0, inf)')  # of its draws; 0: greedy
+  top_p: float = setting(1.0, '(0, 1]')  # of its draws
+  share: float = setting(0.5, '(0, 1]')  # of the training sequences that it wrote; the others are the arm's own
+  seed: int = setting(0, '[0, 2^32)')  # of its draws
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm that writes')
-    require(self.documents > 0, f'{key}.documents={self.documents}: must be positive')
-    require(self.temperature >= 0, f'{key}.temperature={self.temperature}: must not be negative')
-    for name in ('top_p', 'share'):
-      require(0 < getattr(self, name) <= 1, f'{key}.{name}={getattr(self, name)}: must lie in (0, 1]')
 
   def check_in(self, config: Any, key: str) -> None:
     prompts = self.temperature > 0 or bool(config.data.prompt_end) or self.documents == 1

@@ -63,9 +63,8 @@ def made(options: flags.FlagValues) -> str:
   """The table, and the line that makes an arm of what is best."""
   from slm_jax.checkpoint import load_model  # from a floor above
 
-  require(options.batch > 0, f'--batch={options.batch}: must be positive')
-  require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
-  require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
+  count = '[1, 2^31)'
+  commands.check_ranges(options, batch=count, sequences=count, multiple=count, seq_len='[0, 2^31)', seed='[0, 2^32)')
   given = expanded(options.model)
   folder = given if (given / 'model.json').exists() else given / 'model'
   config, params, _ = load_model(folder)
