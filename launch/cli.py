@@ -89,6 +89,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     from launch.dry_run import describe  # needs jax, to count and to measure
 
     asked = plan._replace(arms=arms or plan.arms)
+    if options.launch == 'local' and not options.device:
+      worker.check_memory(asked.arms, plan.workdir)
     print(describe(asked, *budgets.predicting(asked, options)))
     asked = budgets.within(asked, options)
     print(f'\n{chosen_engine.show(asked, units(asked, options.arms_per_job), options)}')

@@ -99,14 +99,31 @@ def _admitted(group: list[Arm], admit: Callable[[Arm], str]) -> tuple[list[Arm],
   return allowed, '' if allowed else refusals[0]
 
 
-def preflight(arms: Sequence[Arm], workdir: Path) -> None:
+def check_memory(arms: Sequence[Arm], workdir: Path) -> None:
+  """ConfigError if an arm that is not done surely takes more memory than the devices of this process have."""
+  import jax
+
+  from slm_jax import memory
+
+  seen = set()
+  for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
+    key = memory.of_device(config, jax.device_count())
+    if key not in seen:
+      memory.check(config, jax.devices())
+    seen.add(key)
+
+
+def preflight(arms: Sequence[Arm], workdir: Path, own_devices: bool = True) -> None:
   """ConfigError if the data or the devices cannot serve an arm; then `workdir` is as it was.
 
   Tokenises what is not tokenised yet: a text that cannot be read shows before the first arm starts, not after hours.
+  own_devices: False where the devices of this process only stand for those of the workers.
   """
   from slm_jax import perf, train
 
   perf.keep_freed_memory()  # this is the first to use the devices
+  if own_devices:
+    check_memory(arms, workdir)
   seen = set()
   try:
     with workdirs.writing(workdir):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -12,8 +13,9 @@ from slm_jax.config import ConfigError, require
 def check_ranges(options: flags.FlagValues, **within: str) -> None:
   """ConfigError unless each flag named in `within` lies in its range (ranges.py)."""
   for name, text in within.items():
-    fault = ranges.parse(text).fault(options[name].value)
-    require(not fault, f'--{name}={options[name].value}: {fault}')
+    value: Any = options[name].value
+    fault = ranges.parse(text).fault(value)
+    require(not fault, f'--{name}={value}: {fault}')
 
 
 def run(

@@ -32,6 +32,7 @@ FLOORS = [
   ['slm_jax.ema', 'slm_jax.distill', 'slm_jax.prune'],
   [
     'slm_jax.experiment',
+    'slm_jax.memory',
     'slm_jax.metrics',
     'slm_jax.checkpoint',
     'slm_jax.ledger',
