@@ -27,6 +27,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import require
 from slm_jax.files import read_object
 
+MOST_DEVICES = 100_000  # more than any cluster has
 PATIENCE = 90  # seconds until a file that another machine wrote to a network share must be seen here
 
 
@@ -128,6 +129,7 @@ def check_devices(plan: Plan, devices: int) -> None:
   """ConfigError if an arm cannot be spread over so many devices: now, and not when they are there and cost money."""
   from slm_jax import sharding
 
+  require(devices <= MOST_DEVICES, f'{devices:,} devices: at most {MOST_DEVICES:,} can train an arm together')
   for run, batch_size, accumulate in {
     (arm.config.run, arm.config.data.batch_size, arm.config.train.accumulate) for arm in plan.arms
   }:
