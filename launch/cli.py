@@ -17,8 +17,8 @@ from absl import flags
 from launch import budgets, search, worker
 from launch.engines import ENGINES, Engine, engine
 from launch.plan import Plan, experiment_name, units
-from slm_jax import distributed
-from slm_jax.ablate import report, why
+from slm_jax import distributed, run_files
+from slm_jax.ablate import report, results, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
 from slm_jax.ablate.choose import choose
@@ -81,7 +81,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
-  for line in remarks(plan, everyone, chosen.along, overrides):
+  for line in [*remarks(plan, everyone, chosen.along, overrides), *([] if arms else damaged(plan))]:
     print(line)
 
   # ---- do it
@@ -211,6 +211,8 @@ def is_stale(plan: Plan) -> bool:
   if not page.exists() or recorded is None or recorded != plan.experiment():
     return True
   if own_report(plan) and not recorded.answer:
+    return True
+  if any(run_files.read_config(workdirs.folder(plan.workdir, arm.arm_id))[1] for arm in plan.arms):
     return True
   done = [arm.arm_id for arm in plan.arms if workdirs.is_done(plan.workdir, arm.arm_id)]
   ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
@@ -367,3 +369,9 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
   changed = why.drift(plan.arms, plan.workdir)
   return [*lines, changed] if changed else lines
+
+
+def damaged(plan: Plan) -> list[str]:
+  """A line for each arm of the plan of which a file is damaged, and what mends it."""
+  faults = results.faults(row for row in results.read(plan.workdir) if row.arm_id in plan.everyone)
+  return [*faults[:FEW], f'and {len(faults) - FEW} more damaged arms'] if len(faults) > FEW else faults

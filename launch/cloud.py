@@ -25,7 +25,7 @@ import slm_jax
 from launch.plan import Plan, Unit
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import require
-from slm_jax.files import read_object
+from slm_jax.run_files import read_run
 
 MOST_DEVICES = 100_000  # more than any cluster has
 PATIENCE = 90  # seconds until a file that another machine wrote to a network share must be seen here
@@ -225,7 +225,7 @@ def why(plan: Plan, unit: Unit) -> str:
   said = []
   for arm_id in unit.arms:
     if not workdirs.is_done(plan.workdir, arm_id):
-      run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
+      run, _ = read_run(workdirs.folder(plan.workdir, arm_id))
       said.append(
         f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if run.get('error') else '')
       )

@@ -14,6 +14,7 @@ from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.workdir import Experiment
 from slm_jax.config import to_dict
 from slm_jax.files import write_json
+from slm_jax.run_files import read_config
 
 
 class Unit(NamedTuple):
@@ -75,13 +76,13 @@ class Plan(NamedTuple):
     )
 
   def record(self) -> None:
-    """Writes experiment.json, and config.json of the arms that have none."""
+    """Writes experiment.json, and config.json of the arms that have none or a damaged one."""
     with workdirs.writing(self.workdir):
       workdirs.write_experiment(self.workdir, self.experiment())
       for arm in self.arms:
-        path = workdirs.folder(self.workdir, arm.arm_id) / 'config.json'
-        if not path.exists():
-          write_json(path, to_dict(arm.config))
+        folder = workdirs.folder(self.workdir, arm.arm_id)
+        if not read_config(folder)[0]:
+          write_json(folder / 'config.json', to_dict(arm.config))
 
 
 def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Unit]:

@@ -3,6 +3,7 @@
     done        finished, and never run again
     running     a process holds the arm's lock; or, where that cannot be seen, something was written of late
     stalled     it was running, and its process is gone, or it has long been quiet: launch again
+    damaged     a file of it cannot be trusted, with what mends it
     preempted   stopped with its state saved; launch again, if its engine does not do so by itself
     failed      for good, with the reason: a NaN, a bug, bad input
     blocked     an arm that it builds on is not done
@@ -12,7 +13,6 @@ A lock (`slm_jax.ablate.workdir.lock`) is seen by the machine that holds it only
 the last line of metrics.jsonl tells. Nothing is locked or written here, so looking never disturbs a run.
 """
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from slm_jax import metrics
 from slm_jax.ablate import results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.results import Row
@@ -30,7 +31,16 @@ from slm_jax.config import ConfigError, require
 
 FRESH = 600.0  # seconds after its last sign of life during which an arm on another machine counts as running
 QUIET = 120.0  # seconds without a sign of life, of an arm that runs here, that are worth a word
-STATES = ('running', 'stalled', 'failed', 'preempted', 'blocked', 'missing', 'done')  # what matters most comes first
+STATES = (
+  'running',
+  'stalled',
+  'failed',
+  'damaged',
+  'preempted',
+  'blocked',
+  'missing',
+  'done',
+)  # what matters most comes first
 USAGE = 'usage: python -m launch.status WORKDIR [--watch]'
 TAIL = 1 << 16  # bytes of a log that are read
 PAUSE, LONGEST = 2.0, 60.0  # seconds between two drawings
@@ -67,15 +77,17 @@ def read(workdir: Path) -> list[Status]:
 def _status(workdir: Path, row: Row, now: float, locks: set[tuple[int, int]] | None) -> Status:
   folder = workdirs.folder(workdir, row.arm_id)
   state, note = _state(folder, row, now, locks)
-  lines = _metrics(folder / 'metrics.jsonl')
+  lines, damaged = _metrics(folder / 'metrics.jsonl')
+  if damaged:
+    note = '; '.join(filter(None, [note, f'metrics.jsonl: {damaged} damaged lines are left out']))
   train: dict[str, Any] = next((line for line in reversed(lines) if line['kind'] == 'train'), {})
   losses = [line['loss'] for line in lines if line.get('loss') is not None]
   steps = row.config.get('train.steps')
   step = lines[-1]['step'] if lines else 0
   speed = left = None
-  if state == 'running' and train.get('tokens_per_second'):
+  if state == 'running' and train.get('tokens_per_second') and train.get('tokens'):
     speed = train['tokens_per_second'] / row.run.get('population', 1)  # each of n arms is booked 1/n of the time
-    left = (steps - step) * train['tokens'] / train['step'] / speed if steps else None
+    left = max(steps - step, 0) * train['tokens'] / max(train['step'], 1) / speed if steps else None
   loss = row.summary.get('loss', losses[-1] if losses else None)
   return Status(row.arm_id, row.name, row.config.get('seed'), state, note, step, steps, loss, speed, left)
 
@@ -92,8 +104,9 @@ def _state(folder: Path, row: Row, now: float, locks: set[tuple[int, int]] | Non
     if held is None and quiet < FRESH:
       return 'running', f'by its last sign of life, {duration(quiet)} ago{f" ({holder})" if holder else ""}'
     return 'stalled', f'quiet for {duration(quiet)}, {f"{holder} is gone" if held is False else holder or "no lock"}'
-  if row.status in ('failed', 'nan'):
-    return 'failed', ' '.join(str(row.run.get('error') or 'without a word').split())
+  if row.status in ('failed', 'nan', 'damaged'):
+    state = 'damaged' if row.status == 'damaged' else 'failed'
+    return state, ' '.join(str(row.run.get('error') or 'without a word').split())
   return row.status, ''
 
 
@@ -149,17 +162,12 @@ def tail(path: Path) -> list[str]:
     return []
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-  """The last whole lines of a metrics.jsonl."""
-  found = []
-  for line in tail(path):
-    try:
-      value = json.loads(line) if line.endswith('\n') else None
-    except ValueError:  # cut
-      continue
-    if isinstance(value, dict) and {'step', 'kind'} <= value.keys():
-      found.append(value)
-  return found
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+  """`(the last whole lines of a metrics.jsonl, how many among them are damaged)`."""
+  text = tail(path)
+  cut = len(text) > 1 and sum(map(len, text)) >= TAIL  # the first of them, perhaps
+  found = [metrics.parse(line) for line in text[cut:] if line.endswith('\n')]
+  return [values for values, fault in found if not fault], sum(bool(fault) for _, fault in found)
 
 
 # -------------------------------------------------------------------------------------------------------------- text

@@ -14,8 +14,8 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
 from slm_jax.config import ConfigError
-from slm_jax.files import read_object
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from slm_jax.run_files import read_run
 
 if TYPE_CHECKING:
   from slm_jax.experiment import Config
@@ -184,7 +184,7 @@ def _default_train() -> Train:
 
 def outcome(workdir: Path, arm: Arm, code: int) -> str:
   """What became of an arm that ended with `code`, in words."""
-  run = read_object(workdirs.folder(workdir, arm.arm_id) / 'run.json')
+  run, _ = read_run(workdirs.folder(workdir, arm.arm_id))
   if code != EXIT_DONE:
     return (
       f'{"stopped at a NaN" if run.get("status") == "nan" else "failed"} ({run.get("error") or f"exit code {code}"})'

@@ -23,7 +23,7 @@ from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
 from slm_jax.experiment import Config
-from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.files import disk_errors, write_json
 from slm_jax.ledger import Ledger, NotFinite, goodput
 from slm_jax.losses import Terms
 from slm_jax.model import decoder
@@ -35,6 +35,7 @@ from slm_jax.prune import zeros
 from slm_jax.prune.choose import fit, of_tokens, ranked
 from slm_jax.prune.sparse import sparse
 from slm_jax.record import Record
+from slm_jax.run_files import MEND, read_run
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
 # Of the last evaluation, and of the books; exact_match is there if the data have completions.
@@ -355,8 +356,11 @@ def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
   """FLOPs that went into what this arm builds on: a teacher's training, its own parents', data that were made."""
   total = job.dataset.flops
   for arm in {arm for _, arm in configs.arm_references(job.config)}:
-    path = workdir / 'arms' / arm / 'run.json'
-    summary = read_object(path).get('summary', {})
-    configs.require('flops' in summary, f'{path}: damaged; remove {path.parent}/DONE, and launch again')
+    folder = workdir / 'arms' / arm
+    run, fault = read_run(folder)
+    summary = run.get('summary', {})
+    missing = [name for name in ('flops', 'parent_flops') if summary.get(name) is None]
+    fault = fault or (f'summary.{missing[0]} is missing' if missing else '')
+    configs.require(not fault, f'{folder / "run.json"}: damaged ({fault}); {MEND}')
     total += summary['flops'] + summary['parent_flops']
   return {'parent_flops': total}

@@ -14,6 +14,7 @@ FLOORS = [
   [
     'slm_jax.config',
     'slm_jax.ranges',
+    'slm_jax.schema',
     'slm_jax.commands',
     'slm_jax.files',
     'slm_jax.preempt',
@@ -39,6 +40,7 @@ FLOORS = [
     'slm_jax.observe',
     'slm_jax.evaluate',
     'slm_jax.record',
+    'slm_jax.run_files',
   ],
   ['slm_jax.train'],
   ['slm_jax.ablate'],

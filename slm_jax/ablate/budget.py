@@ -20,7 +20,8 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.table import short
 from slm_jax.config import ConfigError
-from slm_jax.files import read_object
+from slm_jax.files import warn_once
+from slm_jax.run_files import read_run
 
 
 class Amount(NamedTuple):
@@ -122,9 +123,12 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
   Steps that were lost with a process and taken again cost time and money; model FLOPs are those of steps that count.
   """
   folder = workdirs.folder(workdir, arm.arm_id)
-  run = read_object(folder / 'run.json')
+  run, fault = read_run(folder)
+  if fault:
+    warn_once(f'{folder / "run.json"}: damaged ({fault}); what this arm used is read from its log, without dollars')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
-  redone = used.get('seconds_redone', lost(workdir, arm))
+  redone = used.get('seconds_redone')
+  redone = lost(workdir, arm) if redone is None else redone
   hours, flops, dollars = ((used.get('seconds') or 0.0) + redone) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
     flops = used['tokens'] * flops_per_token(arm) if used.get('tokens') else 0.0
@@ -138,7 +142,11 @@ def spent(workdir: Path, arm: Arm, flops_per_token: Callable[[Arm], float]) -> A
 
 def lost(workdir: Path, arm: Arm) -> float:
   """Seconds of steps that an arm, which is not done, has taken or must take again."""
-  return read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST).get('redone') or 0.0
+  path = workdirs.folder(workdir, arm.arm_id) / metrics.LOST
+  seconds, fault = metrics.read_lost(path)
+  if fault:
+    warn_once(f'{path}: damaged ({fault}), and left out: seconds that were lost are not counted')
+  return seconds.get('redone', 0.0)
 
 
 def admission(

@@ -45,24 +45,25 @@ BOTH = {'loss': '.3f', 'entropy': '.3f', 'ece': '.1%', 'bits_per_byte': '.3f'}
 
 def latest(workdir: Path) -> list[Row]:
   """The rows of the latest launch, parents first."""
-  experiment = workdirs.read_experiment(workdir)
+  experiment = workdirs.known_experiment(workdir)
   rows = {row.arm_id: row for row in results.read(workdir)}
   return [rows[arm_id] for arm_id in experiment.latest] if experiment else list(rows.values())
 
 
 def summary(workdir: Path, rows: Sequence[Row]) -> str:
   """The tables and the experiment's answer, as text."""
-  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
+  experiment = workdirs.known_experiment(workdir) or Experiment(workdir.name)
   return _text(experiment, table.lines(rows, experiment.baseline, results.curves(workdir, rows)))
 
 
 def _text(experiment: Experiment, lines: Sequence[Line]) -> str:
-  return f'{table.text(lines)}\n\n{experiment.answer}' if experiment.answer else table.text(lines)
+  faults = '\n'.join(results.faults(row for line in lines for row in line.rows))
+  return '\n\n'.join(filter(None, [table.text(lines), faults, experiment.answer]))
 
 
 def publish(workdir: Path, everything: bool = False) -> str:
   """Writes results.csv (all arms), plots/ and report.html (of the latest launch, or everything); the tables as text."""
-  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
+  experiment = workdirs.known_experiment(workdir) or Experiment(workdir.name)
   path = workdir / 'report.html'
   with workdirs.writing(workdir):
     rows = results.read(workdir)

@@ -11,12 +11,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import logging
-
-from slm_jax import metrics
+from slm_jax import metrics, run_files
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.config import ConfigError, flatten, require, to_install
-from slm_jax.files import read_object, write_text
+from slm_jax.config import ConfigError, to_install
+from slm_jax.files import warn_once, write_text
 
 if TYPE_CHECKING:
   import pandas
@@ -34,10 +32,12 @@ class Row(NamedTuple):
   arm_id: str
   name: str
   group: str  # shared by the repetitions over seeds, see `arms.Arm`
-  status: str  # done, failed, nan, preempted, running; missing: never started; blocked: a parent is not done
+  # done, failed, nan, preempted, running; missing: never started; blocked: a parent is not done; damaged: a file cannot
+  # be trusted, and no number of this arm is shown
+  status: str
   config: Mapping[str, Any]  # flat
   summary: Mapping[str, Any]  # final metrics; empty unless done
-  run: Mapping[str, Any]  # run.json: versions, hardware, times, error
+  run: Mapping[str, Any]  # run.json: versions, hardware, times, error; of a damaged arm, what is wrong as the error
   parents: tuple[str, ...] = ()  # arm ids
   diff: Mapping[str, Sequence[Any]] = {}  # against the base: {dotted key: (there, here)}
   command: str = ''
@@ -58,8 +58,8 @@ class Point(NamedTuple):
 
 
 def read(workdir: Path) -> list[Row]:
-  """Every arm of the workdir, in the order of their first launch."""
-  experiment = workdirs.read_experiment(workdir)
+  """Every arm of the workdir, in the order of their first launch. A damaged experiment.json is told, and left out."""
+  experiment = workdirs.known_experiment(workdir)
   entries = dict(experiment.arms) if experiment else {}
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     entries.setdefault(path.parent.name, {})
@@ -73,25 +73,34 @@ def read(workdir: Path) -> list[Row]:
 
 def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
   folder = workdirs.folder(workdir, arm_id)
-  config, run = flatten(read_object(folder / 'config.json')), read_object(folder / 'run.json')
-  written, path = run.get('format', 1), folder / 'run.json'
-  require(
-    isinstance(written, int) and written <= metrics.FORMAT,
-    f'{path}: format {written}, written by a newer version (this one knows {metrics.FORMAT})',
-  )
+  config, of_config = run_files.read_config(folder)
+  run, of_run = run_files.read_run(folder)
   done = (folder / 'DONE').exists()
+  fault = damage(folder, of_config, of_run, done)
   return Row(
     arm_id=arm_id,
     name=entry.get('name') or config.get('name') or arm_id,
     group=entry.get('group', arm_id),
-    status='done' if done else run.get('status', 'missing'),
+    status='damaged' if fault else 'done' if done else run.get('status', 'missing'),
     config=config,
-    summary=run.get('summary', {}) if done else {},
-    run=run,
+    summary=run.get('summary', {}) if done and not fault else {},
+    run={**run, 'error': fault} if fault else run,
     parents=tuple(entry.get('parents', ())),
     diff=entry.get('diff', {}),
     command=entry.get('command', ''),
   )
+
+
+def damage(folder: Path, of_config: str, of_run: str, done: bool) -> str:
+  """What is wrong with the files of an arm, and what mends it; '' if nothing is."""
+  if of_run:
+    return f'{folder / "run.json"}: {of_run}; ' + (run_files.MEND if done else 'launch again')
+  return f'{folder / "config.json"}: {of_config}; launch again, which writes it anew' if of_config else ''
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+  """A line for each arm that no table shows, since a file of it is damaged."""
+  return [f'damaged, and left out: {row.name}: {row.run["error"]}' for row in rows if row.status == 'damaged']
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -157,16 +166,17 @@ def _cell(value: Any) -> Any:
 
 def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
   """All lines of an arm's metrics.jsonl but damaged ones."""
-  return list(metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', logging.warning))
+  return list(metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', warn_once))
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:
   """The evaluations of an arm. FLOPs (known at its end) are spread over its tokens; a teacher's part is in them."""
-  a_token = row.summary['flops'] / row.summary['tokens'] if row.summary.get('flops') else None
+  flops, tokens = row.summary.get('flops'), row.summary.get('tokens')
+  a_token = flops / tokens if flops and tokens else None
   return [
     Point(line['step'], line['tokens'], a_token and a_token * line['tokens'], line['loss'])
     for line in lines(workdir, row)
-    if line['kind'] == 'eval' and line['loss'] is not None
+    if line['kind'] == 'eval' and line['loss'] is not None and line.get('tokens') is not None
   ]
 
 
@@ -178,12 +188,11 @@ def curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]]:
 
 def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
   """`[(prompt, continuation)]` written at the end of the run."""
-  path = workdirs.folder(workdir, row.arm_id) / 'samples.json'
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return [(str(sample['prompt']), str(sample['text'])) for sample in found]
-  except (OSError, ValueError, TypeError, KeyError):
-    return []
+  folder = workdirs.folder(workdir, row.arm_id)
+  found, fault = run_files.read_samples(folder)
+  if fault:
+    warn_once(f'{folder / "samples.json"}: damaged ({fault}), and left out')
+  return [(sample['prompt'], sample['text']) for sample in found]
 
 
 def table(workdir: Path) -> 'pandas.DataFrame':

@@ -20,7 +20,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import wants_base
 from slm_jax.ablate.sweep import Changes
 from slm_jax.config import ConfigError, require, to_install
-from slm_jax.files import read_object
+from slm_jax.run_files import read_run
 
 if TYPE_CHECKING:
   from slm_jax.experiment import Config
@@ -57,7 +57,7 @@ def _changes(function: Any, trial: Any, base: 'Config') -> Changes:
 
 def outcome(workdir: Path, arm_id: str) -> float | None:
   """The final loss of an arm that is done, infinity if it diverged; None if it is to be run (again)."""
-  run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
+  run, _ = read_run(workdirs.folder(workdir, arm_id))
   if workdirs.is_done(workdir, arm_id) and 'summary' in run:
     return float(run['summary']['loss'])
   return math.inf if run.get('status') == 'nan' else None

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, shown
 from slm_jax.config import ConfigError, flatten, require, to_dict
-from slm_jax.files import read_object
 from slm_jax.revision import source
+from slm_jax.run_files import read_config, read_run
 
 
 class Known(NamedTuple):
@@ -61,7 +61,7 @@ def _known(arms: Iterable[Arm], workdir: Path) -> dict[str, Known]:
     left_out |= flatten(arm.config).keys() - settings.keys()
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     if path.parent.name not in known:
-      settings = flatten(read_object(path))
+      settings, _ = read_config(path.parent)
       title = f'{settings.get("name") or "no name"}, seed {settings.get("seed")}, of an earlier launch'
       known[path.parent.name] = Known(title, {k: v for k, v in settings.items() if k not in left_out})
   return known
@@ -82,8 +82,8 @@ def drift(arms: Iterable[Arm], workdir: Path) -> str:
   now = source() if done else {}
   others, changed = 0, set()
   for arm_id in done:
-    then = read_object(workdirs.folder(workdir, arm_id) / 'run.json').get('source')
-    if isinstance(then, dict) and then != now:  # a record without it is of an unknown code: nothing can be said
+    then = read_run(workdirs.folder(workdir, arm_id))[0].get('source')
+    if then is not None and then != now:  # a record without it is of an unknown code: nothing can be said
       others += 1
       changed |= {name for name in {**then, **now} if then.get(name) != now.get(name)}
   if not others:

@@ -9,15 +9,15 @@ lock                  held by the launch at work here; each arm's folder has one
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
+from slm_jax import schema
 from slm_jax.config import ConfigError, require
-from slm_jax.files import write_json
+from slm_jax.files import DamagedFile, read_json, warn_once, write_json
 
 FORMAT = 1
 
@@ -33,6 +33,17 @@ class Experiment(NamedTuple):
   arms: Mapping[str, Mapping[str, Any]] = {}  # {arm id: {name, group, parents, diff, command}}, first launched first
 
 
+class _Entry(TypedDict, total=False):
+  """An arm in experiment.json."""
+
+  arm_id: Required[str]
+  name: str
+  group: str
+  parents: list[str]
+  diff: dict[str, list[Any]]
+  command: str
+
+
 def folder(workdir: Path, arm_id: str) -> Path:
   return workdir / 'arms' / arm_id
 
@@ -42,18 +53,46 @@ def is_done(workdir: Path, arm_id: str) -> bool:
 
 
 def read_experiment(workdir: Path) -> Experiment | None:
-  """What experiment.json says; None where there is none. ConfigError if it is no such file."""
+  """What experiment.json says; None where there is none. DamagedFile, or ConfigError for a newer version."""
   path = workdir / 'experiment.json'
-  if not path.exists():
+  values, fault = read_json(path)
+  if values is None and not fault:
     return None
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-    written = values.pop('format')
-    require(written <= FORMAT, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
+  values = values or {}
+  written = values.pop('format', None)
+  newer = isinstance(written, int) and written > FORMAT
+  require(not newer, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
+  fault = fault or ('' if written else 'format is missing') or schema.fault(values.get('arms'), list[_Entry], 'arms')
+  if not fault:
     values['arms'] = {entry.pop('arm_id'): entry for entry in values['arms']}
-    return Experiment(**{**values, 'latest': tuple(values['latest'])})
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-    raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
+    fault = _fault(values)
+  if fault:
+    raise DamagedFile(f'{path}: damaged ({fault}); move it away and launch again: the arms and their results stay')
+  return Experiment(**{**values, 'latest': tuple(values.get('latest', ()))})
+
+
+def _fault(values: Mapping[str, Any]) -> str:
+  """Says what is wrong with the entries of experiment.json; '' if nothing is."""
+  unknown = sorted(values.keys() - set(Experiment._fields))
+  if unknown or 'name' not in values:
+    return f'{unknown[0]}: unknown' if unknown else 'name is missing'
+  if fault := schema.fault(dict(values), Experiment):
+    return fault
+  arms = values['arms']
+  strange = [arm_id for arm_id in arms if arm_id in ('', '.', '..') or not arm_id.isprintable() or '/' in arm_id]
+  lost = [arm_id for arm_id in values.get('latest', ()) if arm_id not in arms]
+  odd = [key for entry in arms.values() for key, pair in entry.get('diff', {}).items() if len(pair) != 2]
+  faults = [f'{arm_id!r} is no id of an arm' for arm_id in strange[:1] + lost[:1]]
+  return next(iter([*faults, *(f'diff.{key}: expected two values' for key in odd[:1])]), '')
+
+
+def known_experiment(workdir: Path) -> Experiment | None:
+  """`read_experiment` for who only looks: None for a damaged file, with a warning. ConfigError for a newer version."""
+  try:
+    return read_experiment(workdir)
+  except DamagedFile as error:
+    warn_once(str(error))
+    return None
 
 
 def write_experiment(workdir: Path, experiment: Experiment) -> None:

@@ -1,9 +1,11 @@
 """DataConfig: which text, cut into which tokens, packed how."""
 
 import dataclasses
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
-from slm_jax.config import require, setting
+from slm_jax.config import from_dict, require, setting
+from slm_jax.files import DamagedFile, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +51,19 @@ class DataConfig:
   def has_completions(self) -> bool:
     """Whether a sequence is one document, of a prompt and what is to follow it."""
     return self.packing == 'single' and bool(self.prompt_end)
+
+
+class _File(TypedDict):
+  """Of an arm's config.json, what is read here."""
+
+  name: str
+  data: dict[str, Any]
+
+
+def of_arm(folder: Path) -> tuple[str, DataConfig | None]:
+  """`(name, data)` of the arm in a folder, by its config.json; nothing if there is none. ConfigError if it is bad."""
+  path = folder / 'config.json'
+  values, fault = read_json(path, _File)
+  if fault:
+    raise DamagedFile(f'{path}: cannot be read ({fault})')
+  return (values['name'], from_dict(DataConfig, values['data'], f'{path}:data')) if values else ('', None)

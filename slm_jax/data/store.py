@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -30,6 +30,31 @@ FORMAT = 1  # of the files; part of the key
 _OPTIONS = 'group_size:1,zstd'  # one record a chunk, for random access
 _PACK = {'split': packing.split, 'whole': packing.whole, 'single': packing.single}
 _SAID = {'bad': 'bad records were skipped or mended', 'left_out': 'files were left out'}
+
+
+class _Split(TypedDict, total=False):
+  records: Required[int]
+  predicted: Required[int]
+  bytes: int  # and what the floor of a known entropy needs:
+  nats: list[float]
+  predicted_each: list[int]
+
+
+class _Places(TypedDict):
+  count: int
+  places: list[str]
+
+
+class Manifest(folder.Manifest):
+  key: dict[str, Any]
+  source: str
+  wide: bool
+  splits: dict[str, _Split]
+
+
+class _OfSource(Manifest):
+  bad: _Places
+  left_out: _Places
 
 
 class Records:
@@ -91,7 +116,7 @@ def open_store(
     },
   }
   path = cache / f'tokens-{sources.digest(key)}'
-  manifest = folder.open_or_build(path, functools.partial(_build, source, config, tokenizer, key), log)
+  manifest = folder.open_or_build(path, functools.partial(_build, source, config, tokenizer, key), log, _OfSource)
   for what in ('bad', 'left_out'):
     count, places = manifest[what]['count'], manifest[what]['places']
     if count:

@@ -7,7 +7,6 @@ goes on where it was. On n machines that share FOLDER, give each its --host=i --
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 from absl import flags, logging
 
 from slm_jax import commands
-from slm_jax.config import ConfigError, check, from_dict, override, require
-from slm_jax.data.config import DataConfig
+from slm_jax.config import ConfigError, check, override, require
+from slm_jax.data.config import DataConfig, of_arm
 from slm_jax.data.dataset import open_data
 from slm_jax.distill import capture
 from slm_jax.distill.records import Layout
@@ -87,7 +86,7 @@ def teacher_folder(workdir: Path, teacher: str) -> Path:
   path = expanded(teacher)
   if (path / 'model.json').exists():
     return path
-  arms = {config.parent.name: _name(config) for config in sorted(workdir.glob('arms/*/config.json'))}
+  arms = {config.parent.name: _name(config.parent) for config in sorted(workdir.glob('arms/*/config.json'))}
   found = [arm for arm, name in arms.items() if teacher in (arm, name)]
   known = ', '.join(f'{arm} ({name})' for arm, name in arms.items()) or 'none'
   require(bool(found), f'--teacher={teacher}: no such arm in {workdir}, nor a model’s folder; arms: {known}')
@@ -95,23 +94,16 @@ def teacher_folder(workdir: Path, teacher: str) -> Path:
   return workdir / 'arms' / found[0] / 'model'
 
 
-def _name(path: Path) -> str:
+def _name(folder: Path) -> str:
   try:
-    return str(json.loads(path.read_text(encoding='utf-8'))['name'])
-  except (OSError, ValueError, KeyError, TypeError):
+    return of_arm(folder)[0]
+  except ConfigError:
     return '?'
 
 
 def data_of(folder: Path, changes: dict[str, str]) -> DataConfig:
   """The data that the model was trained on, with the changes of the command line."""
-  path = folder.parent / 'config.json'
-  data = DataConfig()
-  if path.exists():
-    try:
-      data = from_dict(DataConfig, json.loads(path.read_text(encoding='utf-8'))['data'], f'{path}:data')
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
-  data = override(data, changes)
+  data = override(of_arm(folder.parent)[1] or DataConfig(), changes)
   return check(dataclasses.replace(data, content='') if changes else data, 'data')
 
 

@@ -34,6 +34,12 @@ FORMAT = 1  # of what is written; part of the key
 BATCH = 64  # texts that are written side by side
 
 
+class _Written(store.Manifest):
+  flops: float
+  unfinished: int
+  about: list[Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class SequenceDistill(TransformConfig):
   """Train on texts that another arm's model writes, among the arm's own."""
@@ -84,7 +90,7 @@ class SequenceDistill(TransformConfig):
     def opened() -> dict[str, Any]:
       resources.folder.mkdir(parents=True, exist_ok=True)
       with capture.alone(path.with_name(f'.lock-{path.name}'), logging.info):
-        return folder.open_or_build(path, build, logging.info)
+        return folder.open_or_build(path, build, logging.info, _Written)
 
     manifest = distributed.main_first(opened)
     if cut := manifest['unfinished']:
