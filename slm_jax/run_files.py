@@ -15,7 +15,6 @@ from slm_jax.metrics import FORMAT
 
 Count = Annotated[int, '[1, 2^31)']
 Number = float | bool | None
-MEND = 'remove DONE and launch again: its last checkpoint is evaluated again'  # of a finished run whose record is bad
 
 
 class Git(TypedDict, total=False):
@@ -71,6 +70,11 @@ class _Config(TypedDict, total=False):
 class Sample(TypedDict):
   prompt: str
   text: str
+
+
+def mend(folder: Path) -> str:
+  """What mends a finished run whose run.json is damaged."""
+  return f'remove {folder / "DONE"} and launch again: its last checkpoint is evaluated again'
 
 
 def read_run(folder: Path) -> tuple[Run, str]:

@@ -35,7 +35,7 @@ from slm_jax.prune import zeros
 from slm_jax.prune.choose import fit, of_tokens, ranked
 from slm_jax.prune.sparse import sparse
 from slm_jax.record import Record
-from slm_jax.run_files import MEND, read_run
+from slm_jax.run_files import mend, read_run
 from slm_jax.step import Context, Metrics, Resources, Slot, TrainState, chain, init_state, make_step
 
 # Of the last evaluation, and of the books; exact_match is there if the data have completions.
@@ -361,6 +361,6 @@ def cost_of_parents(job: Job, workdir: Path) -> dict[str, float]:
     summary = run.get('summary', {})
     missing = [name for name in ('flops', 'parent_flops') if summary.get(name) is None]
     fault = fault or (f'summary.{missing[0]} is missing' if missing else '')
-    configs.require(not fault, f'{folder / "run.json"}: damaged ({fault}); {MEND}')
+    configs.require(not fault, f'{folder / "run.json"}: damaged ({fault}); {mend(folder)}')
     total += summary['flops'] + summary['parent_flops']
   return {'parent_flops': total}

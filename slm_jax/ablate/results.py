@@ -94,7 +94,7 @@ def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
 def damage(folder: Path, of_config: str, of_run: str, done: bool) -> str:
   """What is wrong with the files of an arm, and what mends it; '' if nothing is."""
   if of_run:
-    return f'{folder / "run.json"}: {of_run}; ' + (run_files.MEND if done else 'launch again')
+    return f'{folder / "run.json"}: {of_run}; ' + (run_files.mend(folder) if done else 'launch again')
   return f'{folder / "config.json"}: {of_config}; launch again, which writes it anew' if of_config else ''
 
 

@@ -204,7 +204,7 @@ def test_a_number_that_a_bit_changed_is_in_no_table_and_how_to_mend_it_is_said(w
   out = capsys.readouterr().out
   assert '1 damaged, 2 done' in out
   assert f'{folder / "run.json"}: its checksum is wrong' in out
-  assert 'remove DONE and launch again: its last checkpoint is evaluated again' in out
+  assert f'remove {folder}/DONE and launch again: its last checkpoint is evaluated again' in out
   assert cli.launch(module(), [f'--workdir={workdir}']) == 0  # there is nothing to run, and the damage is told
   assert f'damaged, and left out: b: {folder / "run.json"}' in capsys.readouterr().out
   assert losses(workdir)[folder.name] in ('', loss)
@@ -225,7 +225,7 @@ def test_what_builds_on_a_damaged_record_says_so_in_one_line(workdir, capsys, on
   (child / 'DONE').unlink()
   assert cli.launch(module(), [f'--workdir={workdir}']) == 1
   error = json.loads((child / 'run.json').read_text())['error']
-  assert error == f'{parent / "run.json"}: damaged (summary.parent_flops is missing); {run_files.MEND}'
+  assert error == f'{parent / "run.json"}: damaged (summary.parent_flops is missing); {run_files.mend(parent)}'
 
 
 def test_a_damaged_config_is_written_anew_by_the_next_launch(workdir, capsys):
