@@ -17,14 +17,14 @@ from absl import flags
 from launch import budgets, search, worker
 from launch.engines import ENGINES, Engine, engine
 from launch.plan import Plan, experiment_name, units
-from slm_jax import distributed, run_files
+from slm_jax import commands, distributed, run_files
 from slm_jax.ablate import report, results, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, base_config, expand, shown, sweeps_of
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
-from slm_jax.config import ConfigError, flatten, require
+from slm_jax.config import ConfigError, flatten, is_unicode, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 
@@ -39,6 +39,7 @@ def main(
 
   train: what trains one arm, `slm_jax.train.run` unless given.
   """
+  commands.show_any_text()
   code = EXIT_FAILED
   try:
     code = launch(module or sys.modules['__main__'], sys.argv[1:] if argv is None else argv, train)
@@ -76,6 +77,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     is_done=lambda arm_id: workdirs.is_done(workdir, arm_id),
   )
   plan = Plan(module, workdir, chosen.arms, which(options, overrides), baseline(module, chosen.arms), everyone)
+  for word in plan.argv():
+    require(is_unicode(word), f'{word!r}: must be Unicode text; the name of a file must be UTF-8')
   chosen_engine.check(plan, options)
   budgets.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]

@@ -201,7 +201,7 @@ class Pool:
     path = self._log_file(unit)
     with workdirs.writing(path):
       path.parent.mkdir(exist_ok=True)
-      with open(path, 'a', encoding='utf-8') as log:
+      with open(path, 'a', encoding='utf-8', errors='backslashreplace') as log:
         log.write(f'[{datetime.datetime.now().astimezone().isoformat(timespec="seconds")}] {words}\n')
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from slm_jax import metrics
+from slm_jax import commands, metrics
 from slm_jax.ablate import results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.results import Row
@@ -270,6 +270,7 @@ class Live:
 
 
 def main(argv: Sequence[str]) -> int:
+  commands.show_any_text()
   if '--help' in argv:
     print(USAGE)
     return 0

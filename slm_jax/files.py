@@ -58,7 +58,8 @@ def write_text(path: Path, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    with open(temporary, 'w', encoding='utf-8') as file:
+    # Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as \\udce9.
+    with open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())

@@ -66,16 +66,13 @@ def kind(path: Path) -> str:
 def read(path: Path, field: str, report: Report) -> Iterator[Document]:
   """The documents of a file. ConfigError if it cannot be read; what `report` does for records that are no documents."""
   try:
-    if kind(path) == 'table':
-      yield from _table(path, field, report)
-    else:
-      with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
-        yield from _lines(file, path, field, report) if kind(path) == 'lines' else _text(file, path, report)
+    with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
+      yield from {'table': _table, 'lines': _lines, 'text': _text}[kind(path)](file, path, field, report)
   except (OSError, EOFError, zlib.error) as error:  # gzip raises each of them
     raise ConfigError(f'{path}: cannot be read: {error}') from error
 
 
-def _text(file: Any, path: Path, report: Report) -> Iterator[Document]:
+def _text(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:
   text = report.decode(file.read(), str(path))
   if text:
     yield Document(text)
@@ -102,16 +99,16 @@ def _lines(file: Any, path: Path, field: str, report: Report) -> Iterator[Docume
       yield from check(record[field], f'field {field!r}', where, report)
 
 
-def _table(path: Path, field: str, report: Report) -> Iterator[Document]:
+def _table(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:
   import pyarrow.parquet  # slow to import, and seldom needed
 
   try:
-    table = pyarrow.parquet.ParquetFile(path)
+    table = pyarrow.parquet.ParquetFile(file)  # not the path, whose name need not be UTF-8
     if field not in table.schema_arrow.names:
       raise ConfigError(f'{path}: no column data.text_field={field!r}; there is: {", ".join(table.schema_arrow.names)}')
     if pyarrow.types.is_dictionary(table.schema_arrow.field(field).type):
       # Otherwise Arrow makes the dictionary itself, and ends at a text that is not UTF-8.
-      table = pyarrow.parquet.ParquetFile(path, read_dictionary=[field])
+      table = pyarrow.parquet.ParquetFile(file, read_dictionary=[field])
     number = 0
     for batch in table.iter_batches(columns=[field]):
       for value in entries(batch.column(0)):

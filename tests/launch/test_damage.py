@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from launch import cli, report, status
 from slm_jax import checkpoint, files, metrics, run_files
-from slm_jax.ablate import cost, plots, results
+from slm_jax.ablate import cost, plots, results, table
+from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.experiment import Config, EvalConfig
@@ -167,6 +168,74 @@ def test_no_damage_ends_a_command_or_changes_a_number(whole, tmp_path_factory, c
     if fault and name in ('run.json', 'config.json', 'experiment.json'):  # named by whoever shows the arms
       told = ''.join(found[command][1] + found[command][2] for command in ('status', 'report')) + caplog.text
       assert name in told, (fault, value)
+
+
+def leaves(value, trail=()):
+  """The places of all values in JSON, inner ones too."""
+  yield trail
+  children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  for key, child in children:
+    yield from leaves(child, (*trail, key))
+
+
+DELETED = object()
+
+
+def changed(value, trail, new):
+  copy = json.loads(json.dumps(value))
+  holder = copy
+  for key in trail[:-1]:
+    holder = holder[key]
+  if new is DELETED:
+    del holder[trail[-1]]
+  else:
+    holder[trail[-1]] = new
+  return copy
+
+
+@pytest.mark.parametrize('name', ['run.json', 'config.json', 'experiment.json', 'lost.json', 'samples.json'])
+def test_no_value_of_a_wrong_type_ends_a_table(whole, workdir, name):
+  """Each value of a file of before there were checksums, in turn: whatever it is, the other arms are shown."""
+  without_checksums(workdir)
+  path = workdir / name if name == 'experiment.json' else arm(workdir, 'b') / name
+  value, others = json.loads(path.read_text()), {arm(whole, n).name for n in ('a', 'child')}
+  places = [trail for trail in leaves(value) if trail]
+  if name == 'run.json':  # the hash of each module is one like another
+    places = [trail for trail in places if len(trail) == 1 or trail[0] != 'source' or trail[1] == 'step']
+  if name == 'config.json':  # so is a setting
+    places = [trail for trail in places if len(trail) == 1 or trail[0] in ('data', 'train', 'init')]
+  for trail in places:
+    for new in (None, -1, 'x', [], {}, DELETED) if trail == ('format',) else (None, -1, 'x', [], {}, 2**70, DELETED):
+      path.write_text(json.dumps(changed(value, trail, new)))
+      rows = results.read(workdir)
+      lines = table.lines(rows, 'a', results.curves(workdir, rows))
+      assert {row.arm_id for row in rows if row.summary} >= others, (trail, new)
+      results.write_csv(workdir, rows)
+      report.report.html(workdir, workdirs.known_experiment(workdir) or workdirs.Experiment('x'), lines, {})
+      found = status.read(workdir)
+      assert others <= {one.arm_id for one in found if one.state == 'done'}
+      assert table.text(lines)
+      assert status.show(found, 20)
+
+
+@pytest.mark.parametrize('name', ['run.json', 'lost.json', 'model/model.json', 'checkpoints/4/record/metadata'])
+def test_no_flipped_bit_of_a_record_is_taken_for_what_was_written(whole, name):
+  raw = (arm(whole, 'b') / name).read_bytes()
+  written, _ = files.parse_json(raw.decode())
+  found = set()
+  for bit in range(8 * len(raw)):
+    flipped = bytearray(raw)
+    flipped[bit // 8] ^= 1 << bit % 8
+    try:
+      value, fault = files.parse_json(flipped.decode())
+    except UnicodeDecodeError:
+      continue
+    if value == written and not fault:  # another white space
+      continue
+    unsealed = value and {k: v for k, v in value.items() if k in written} == written  # only the checksum's name
+    assert value is None or unsealed
+    found.add('renamed' if unsealed else 'found')
+  assert found == {'found', 'renamed'}
 
 
 # ---------------------------------------------------------------------------------------------------- one by one
