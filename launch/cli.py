@@ -203,8 +203,7 @@ def note(plan: Plan, arms: Sequence[Arm]) -> None:
       require(done, f'--arm={arm.arm_id}: builds on {parent}, which is not done in {plan.workdir}; run that one first')
   recorded = workdirs.read_experiment(plan.workdir)
   if recorded is None or not own.issubset(recorded.arms):
-    with workdirs.lock(plan.workdir):
-      plan.record()
+    plan.record()
 
 
 def is_stale(plan: Plan) -> bool:
@@ -238,7 +237,7 @@ def conclude(plan: Plan) -> None:
     if ask and all(row.status == 'done' for row in rows):
       answer = str(ask(rows))
   finally:  # also where that has a bug
-    with workdirs.writing(plan.workdir):
+    with workdirs.recording(plan.workdir):
       workdirs.write_experiment(plan.workdir, plan.experiment()._replace(answer=answer))
     print(f'\n{report.publish(plan.workdir)}')
 

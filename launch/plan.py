@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
   def record(self) -> None:
     """Writes experiment.json, and config.json of the arms that have none or a damaged one."""
-    with workdirs.writing(self.workdir):
+    with workdirs.recording(self.workdir):
       workdirs.write_experiment(self.workdir, self.experiment())
       for arm in self.arms:
         folder = workdirs.folder(self.workdir, arm.arm_id)

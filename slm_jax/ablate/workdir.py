@@ -4,6 +4,7 @@ experiment.json       which experiment this is, and every arm that was ever laun
 arms/<arm_id>/        one run: config.json, run.json, metrics.jsonl, lost.json, samples.json, checkpoints/, model/, DONE
 results.csv  report.html  plots/
 lock                  held by the launch at work here; each arm's folder has one too
+.experiment.lock      held for the moment in which experiment.json is changed
 """
 
 import contextlib
@@ -141,6 +142,20 @@ def lock(where: Path) -> Iterator[None]:
     file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
     file.flush()
     yield
+
+
+@contextlib.contextmanager
+def recording(workdir: Path) -> Iterator[None]:
+  """Holds experiment.json while it is read, changed and written. Others wait, for it takes a moment.
+
+  Workers that start together all want their arms to be in it; `lock`, which a launch holds to its end, would refuse
+  all but one of them.
+  """
+  with writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / '.experiment.lock', 'a', encoding='utf-8') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      yield
 
 
 @contextlib.contextmanager
