@@ -53,7 +53,8 @@ def call(argv: Sequence[str], stdin: str = '', show: bool = False) -> Result:
   """Runs a command to its end. show: its output goes to the terminal as it comes; else it is returned."""
   if show:
     return Result(subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode)
-  done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+  # Whatever the locale is: what a tool says when it fails may be in any encoding.
+  done = subprocess.run(argv, input=stdin, capture_output=True, encoding='utf-8', errors='replace', check=False)
   return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -80,15 +80,15 @@ def _status(workdir: Path, row: Row, now: float, locks: set[tuple[int, int]] | N
   lines, damaged = _metrics(folder / 'metrics.jsonl')
   if damaged:
     note = '; '.join(filter(None, [note, f'metrics.jsonl: {damaged} damaged lines are left out']))
-  train: dict[str, Any] = next((line for line in reversed(lines) if line['kind'] == 'train'), {})
+  train: dict[str, Any] = next((line for line in lines if line['kind'] == 'train'), {})
   losses = [line['loss'] for line in lines if line.get('loss') is not None]
   steps = row.config.get('train.steps')
-  step = lines[-1]['step'] if lines else 0
+  step = lines[0]['step'] if lines else 0
   speed = left = None
   if state == 'running' and train.get('tokens_per_second') and train.get('tokens'):
     speed = train['tokens_per_second'] / row.run.get('population', 1)  # each of n arms is booked 1/n of the time
     left = max(steps - step, 0) * train['tokens'] / max(train['step'], 1) / speed if steps else None
-  loss = row.summary.get('loss', losses[-1] if losses else None)
+  loss = row.summary.get('loss', losses[0] if losses else None)
   return Status(row.arm_id, row.name, row.config.get('seed'), state, note, step, steps, loss, speed, left)
 
 
@@ -163,11 +163,20 @@ def tail(path: Path) -> list[str]:
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-  """`(the last whole lines of a metrics.jsonl, how many among them are damaged)`."""
-  text = tail(path)
+  """`(the last whole lines of a metrics.jsonl, how many damaged ones are among them)`: the last one first.
+
+  As many as tell the last step, loss and speed: a table of a thousand arms is drawn again and again.
+  """
+  text, lines, damaged = tail(path), list[dict[str, Any]](), 0
   cut = len(text) > 1 and sum(map(len, text)) >= TAIL  # the first of them, perhaps
-  found = [metrics.parse(line) for line in text[cut:] if line.endswith('\n')]
-  return [values for values, fault in found if not fault], sum(bool(fault) for _, fault in found)
+  for line in reversed(text[cut:]):
+    if line.endswith('\n'):
+      values, fault = metrics.parse(line)
+      lines += [values] if not fault else []
+      damaged += bool(fault)
+      if any(each['kind'] == 'train' for each in lines) and any(each.get('loss') is not None for each in lines):
+        break
+  return lines, damaged
 
 
 # -------------------------------------------------------------------------------------------------------------- text

@@ -94,7 +94,7 @@ def read_json(path: Path, kind: Any = dict) -> tuple[Any, str]:
 def parse_json(text: str, kind: Any = dict) -> tuple[Any, str]:
   """As `read_json`, of a text."""
   try:
-    value = json.loads(text, parse_constant=_refuse)
+    value = _DECODER.decode(text)
   except (ValueError, RecursionError) as error:
     return None, f'not JSON ({error})'
   if isinstance(value, dict) and CHECKSUM in value:
@@ -109,6 +109,11 @@ def _refuse(name: str) -> None:
   raise ValueError(f'{name} is no number')
 
 
+# `json.loads` and `json.dumps` with options would make these anew for every line of a log.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(',', ':'), allow_nan=False)
+
+
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
   """The entries, of JSON types, and their checksum."""
   return {**value, CHECKSUM: checksum(value)}
@@ -119,5 +124,4 @@ def checksum(value: Mapping[str, Any]) -> str:
 
   Every error of one bit, and all but one in 4e9 of others, gives another checksum.
   """
-  text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False)
-  return f'{zlib.crc32(text.encode()):08x}'
+  return f'{zlib.crc32(_ENCODER.encode(value).encode()):08x}'

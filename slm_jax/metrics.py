@@ -60,8 +60,10 @@ def parse(line: str) -> tuple[dict[str, Any], str]:
   record, fault = parse_json(line, _Line)
   if not fault and record['kind'] == 'eval':
     fault = schema.fault(record, _Evaluation)
-  for name, value in ({} if fault else record).items():
-    fault = fault or ('' if name in ('step', 'kind') else schema.fault(value, float | None, name))
+  for name, value in () if fault else record.items():
+    # Nearly all are finite floats, and a log has many lines.
+    if not (type(value) is float and math.isfinite(value)) and name not in ('step', 'kind'):
+      fault = fault or schema.fault(value, float | None, name)
   return ({}, fault) if fault else (record, '')
 
 

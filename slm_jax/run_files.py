@@ -100,7 +100,9 @@ def _fault_of_summary(summary: Mapping[str, Any], done: bool) -> str:
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
   """config.json of a run, flat: {dotted key: value}."""
   values, fault = read_json(folder / 'config.json', _Config)
-  return ({}, fault) if values is None else (flatten(values), '')
+  if values is None:
+    return {}, fault or ('is missing' if (folder / 'DONE').exists() else '')
+  return flatten(values), ''
 
 
 def read_samples(folder: Path) -> tuple[list[Sample], str]:

@@ -6,6 +6,7 @@ float is any finite number, a tuple is a list, and the fields of a NamedTuple ma
 name are allowed: a later version may have added them.
 """
 
+import functools
 import math
 import types
 import typing
@@ -37,9 +38,13 @@ def fault(value: Any, hint: Any, where: str = '') -> str:
   if origin in (dict, Mapping):
     return _fault_of_entries(value, dict.fromkeys(value, args[1]) if isinstance(value, dict) else {}, (), where)
   if hasattr(hint, '__annotations__'):
-    hints = typing.get_type_hints(hint, include_extras=True)
-    return _fault_of_entries(value, hints, getattr(hint, '__required_keys__', ()), where)
+    return _fault_of_entries(value, _hints(hint), getattr(hint, '__required_keys__', ()), where)
   return _fault_of_leaf(value, hint, where)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+  return typing.get_type_hints(kind, include_extras=True)
 
 
 def _fault_of_leaf(value: Any, hint: Any, where: str) -> str:
@@ -61,8 +66,9 @@ def _fault_of_items(value: Any, hint: Any, where: str) -> str:
 def _fault_of_entries(value: Any, hints: Mapping[str, Any], needed: typing.Iterable[str], where: str) -> str:
   if not isinstance(value, dict):
     return _expected(where, value, 'an object')
-  if missing := sorted(set(needed) - value.keys()):
-    return f'{where}.{missing[0]} is missing'.lstrip('.')
+  for name in needed:
+    if name not in value:
+      return f'{where}.{name} is missing'.lstrip('.')
   entries = ((value[name], hint, f'{where}.{name}'.lstrip('.')) for name, hint in hints.items() if name in value)
   return next(filter(None, (fault(*entry) for entry in entries)), '')
 

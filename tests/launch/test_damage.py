@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,12 +15,14 @@ from fakes import FakeTrain, experiment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch import cli, report, status
+from launch import cli, report, slurm, status
+from launch.cloud import Result
 from slm_jax import checkpoint, files, metrics, run_files
 from slm_jax.ablate import cost, plots, results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError
 from slm_jax.data.tokenizer import Bytes
+from slm_jax.distill import capture
 from slm_jax.experiment import Config, EvalConfig
 from slm_jax.files import CHECKSUM, read_json, write_json
 
@@ -321,6 +324,37 @@ def test_a_damaged_experiment_json_hides_no_arm_and_stops_a_launch(workdir, caps
   assert [row.status for row in results.read(workdir)] == ['done'] * 3
 
 
+@pytest.mark.parametrize('name', [*JSON, 'model'])
+def test_a_file_that_is_gone_hides_no_arm(whole, workdir, capsys, name):
+  path = workdir / name if name == 'experiment.json' else arm(workdir, 'b') / name
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  found = commands(workdir, whole, capsys)
+  assert [code for code, _, _ in found.values()] == [0] * 5
+  states = {one.name: one.state for one in status.read(workdir)}
+  gone = name == 'run.json'  # config.json was written anew by the launch
+  assert states == {'a': 'done', 'b': 'damaged' if gone else 'done', 'child': 'done'}
+  assert ('1 damaged' in found['status'][1]) == (name in ('run.json', 'config.json'))
+
+
+def test_the_record_of_a_job_that_is_damaged_is_told(tmp_path, caplog):
+  plan = SimpleNamespace(workdir=tmp_path)
+  record = {'arms': [['a1'], ['b2', 'b3']], 'workdir': str(tmp_path.resolve()), 'job': '7'}
+
+  def queued(**changes):
+    files.warn_once.cache_clear()
+    caplog.clear()
+    write_json(tmp_path / 'slurm' / 'tiny-1.json', {**record, **changes})
+    return slurm.queued(plan, lambda argv: Result(0, '7_1 tiny-1\n8_0 tiny-2\n9_[0-3] tiny-1\n10 other\n'))
+
+  assert queued() == {'b2': '7_1', 'b3': '7_1'}
+  assert caplog.text == ''
+  for changes in ({'arms': 3}, {'arms': [['a1']]}, {'arms': [3, 4]}, {'workdir': None}):
+    assert queued(**changes) == {}
+    assert f'{tmp_path}/slurm/tiny-1.json: damaged' in caplog.text
+  assert queued(workdir='/elsewhere') == {}
+  assert caplog.text == ''
+
+
 # ------------------------------------------------------------------------------------------- formats, models, stores
 
 
@@ -417,6 +451,28 @@ def test_a_store_whose_manifest_was_changed_is_built_again(workdir, one_fake_dev
   (arm(workdir, 'b') / 'DONE').unlink()
   assert cli.launch(module(), [f'--workdir={workdir}']) == 0
   assert json.loads(path.read_text()) == json.loads(before)
+
+
+def test_a_teachers_cache_whose_manifest_was_changed_is_refused(tmp_path):
+  """Its FLOPs go into the books of the arms that learn from it."""
+  key = {'format': capture.FORMAT, 'method': 'top_k'}
+  manifest = {'key': key, 'identity': capture.identity(key), 'shards': [{'name': 's', 'records': 1}], 'flops': 2e9}
+  path = tmp_path / 'manifest.json'
+  write_json(path, manifest)
+  assert capture.read_manifest(tmp_path, 'cache') == manifest
+  flip(path, '"flops": 2000000000.0', '"flops": 3000000000.0')
+  with pytest.raises(ConfigError, match=r'manifest.json: cannot be read \(its checksum is wrong'):
+    capture.read_manifest(tmp_path, 'cache')
+  for changes, words in (
+    ({'flops': 'x'}, "flops is 'x', expected a number"),
+    ({'shards': 3}, 'shards is 3, expected a list'),
+    ({'key': None}, 'key is null, expected an object'),
+    ({'key': {'format': 99}}, 'format 99, this version knows 1; make the cache again'),
+    ({'identity': 'x'}, 'it was changed'),
+  ):
+    path.write_text(json.dumps({**manifest, **changes}))
+    with pytest.raises(ConfigError, match=words):
+      capture.read_manifest(tmp_path, 'cache')
 
 
 def test_a_measured_pace_that_is_no_pace_is_measured_again(workdir):
