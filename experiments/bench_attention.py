@@ -15,6 +15,8 @@ from typing import Any
 
 from absl import app
 
+from slm_jax import commands
+
 CASES = (  # heads of queries, of keys and values, their size; window, documents in a row
   (12, 12, 64, 0, False),
   (12, 12, 64, 300, True),
@@ -128,4 +130,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

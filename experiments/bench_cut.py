@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
+from slm_jax import commands
 from slm_jax.ablate.table import columns
 from slm_jax.config import ConfigError, require
 
@@ -145,4 +146,5 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

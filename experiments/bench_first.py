@@ -15,6 +15,8 @@ from typing import Any
 
 from absl import app
 
+from slm_jax import commands
+
 
 def quickstart(steps: int) -> Any:
   """The student of `make quickstart`, from scratch."""
@@ -65,4 +67,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

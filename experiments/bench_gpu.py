@@ -36,6 +36,7 @@ from absl import app, flags
 
 from experiments import bench_attention, bench_first
 from experiments.bench_attention import fastest
+from slm_jax import commands
 
 CASES = {
   '124m': {'layers': 12, 'heads': 12, 'width': 768, 'mlp': 2048, 'context': 1024, 'batch': 32, 'vocab': 50304},
@@ -273,4 +274,5 @@ def shown(x: Any) -> str:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

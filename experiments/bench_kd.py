@@ -22,6 +22,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.turns import Contestant, closing, serve, take_turns
+from slm_jax import commands
 from slm_jax.ablate.table import columns
 
 _TOKENS = flags.DEFINE_integer('tokens', 8192, 'of a batch, in sequences of 256', lower_bound=256)
@@ -161,4 +162,5 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

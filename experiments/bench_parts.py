@@ -32,6 +32,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments.bench_first import first_steps, quickstart
+from slm_jax import commands
 from slm_jax.ablate.table import columns
 
 _LAYERS = flags.DEFINE_integer('layers', 4, "the student's", lower_bound=1)
@@ -208,4 +209,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

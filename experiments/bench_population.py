@@ -35,6 +35,7 @@ from absl import app, flags
 from experiments.arms_together import trainer
 from experiments.turns import Contestant, closing, serve, take_turns
 from launch import leash, places
+from slm_jax import commands
 from slm_jax.ablate.table import columns
 from slm_jax.model.presets import presets
 
@@ -166,4 +167,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

@@ -23,6 +23,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.turns import Contestant, closing, serve, take_turns
+from slm_jax import commands
 from slm_jax.ablate.table import columns
 
 CASES = {
@@ -211,4 +212,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  commands.show_any_text()
   app.run(main)

@@ -23,6 +23,7 @@ from absl import flags
 
 from launch import aot_slice
 from launch.options import split_overrides
+from slm_jax import commands
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, expand
 from slm_jax.chips import Chip
@@ -33,6 +34,7 @@ GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
+  commands.show_any_text()
   aot_slice.prepare()
   code = EXIT_FAILED
   try:

@@ -43,6 +43,7 @@ def check(topology: str, num_slices: int) -> tuple[str, str]:
     f'{flag}: {kind} has no slice {shape or "without a shape"}; there is: {", ".join(known)}',
   )
   require(num_slices > 0, f'--num_slices={num_slices}: must be positive')
+  require(num_slices <= 1000, f'--num_slices={num_slices}: must lie in [1, 1000]')
   require(
     importlib.util.find_spec('libtpu') is not None,
     f'{flag}: needs the package libtpu, which is not installed: {to_install("aot")}',

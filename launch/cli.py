@@ -21,15 +21,15 @@ from launch.engines import Engine, engine
 from launch.existing import adopt_recorded, rerun_outdated
 from launch.options import PREFIX, help_text, parse, split_overrides
 from launch.plan import Plan, experiment_name, units
-from slm_jax import distributed, notices
-from slm_jax.ablate import claims, report, why
+from slm_jax import commands, distributed, notices, run_files
+from slm_jax.ablate import claims, report, results, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, expand
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
 from slm_jax.ablate.unused import remarks as without_effect
-from slm_jax.config import ConfigError, require
+from slm_jax.config import ConfigError, is_unicode, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from slm_jax.revision import experiment_files, hash_files
@@ -45,6 +45,7 @@ def main(
 
   train: what trains one arm, `slm_jax.train.run` unless given.
   """
+  commands.show_any_text()
   code = EXIT_FAILED
   try:
     code = launch(module or sys.modules['__main__'], sys.argv[1:] if argv is None else argv, train)
@@ -98,13 +99,15 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     code=hash_files(files),
     own_train=train is not None,
   )
+  for word in plan.argv():
+    require(is_unicode(word), f'{word!r}: must be Unicode text; the name of a file must be UTF-8')
   chosen_engine.check(plan, options)
   budgets.check(options)
   unused.check(options)
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
-  for line in remarks(plan, everyone, chosen.along, overrides):
+  for line in [*remarks(plan, everyone, chosen.along, overrides), *([] if arms else damaged(plan))]:
     print(line)
   if not arms:
     budgets.check_price(plan, options)
@@ -115,6 +118,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
     from launch.dry_run import describe  # needs jax, to count and to measure
 
     asked = plan._replace(arms=arms or plan.arms)
+    if options.launch == 'local' and not options.device:
+      worker.check_memory(asked.arms, plan.workdir)
     on, paces = budgets.predicting(asked, options)
     print(describe(asked, on, paces, budgets.processes(asked, options, on)))
     asked = budgets.within(asked, options)
@@ -228,8 +233,7 @@ def note(plan: Plan, arms: Sequence[Arm]) -> None:
       require(done, f'--arm={arm.arm_id}: builds on {parent}, which is not done in {plan.workdir}; run that one first')
   recorded = workdirs.read_experiment(plan.workdir)
   if recorded is None or not own.issubset(recorded.arms):
-    with workdirs.lock(plan.workdir):
-      plan.record()
+    plan.record()
 
 
 def is_stale(plan: Plan) -> bool:
@@ -241,6 +245,8 @@ def is_stale(plan: Plan) -> bool:
   if not all(page.exists() for page in pages):
     return True
   if own_report(plan) and not (recorded.latest.answer or recorded.latest.claims):
+    return True
+  if any(run_files.read_config(workdirs.folder(plan.workdir, arm.arm_id))[1] for arm in plan.arms):
     return True
   done = [arm.arm_id for arm in plan.arms if plan.is_done(arm.arm_id)]
   ends = [(workdirs.folder(plan.workdir, arm_id) / 'DONE').stat().st_mtime for arm_id in done]
@@ -263,9 +269,9 @@ def conclude(plan: Plan) -> None:
     if ask and all(row.ended for row in rows):
       answer = claims.answer_of(ask(rows))
   finally:  # also where that has a bug
-    experiment, decided = plan.experiment(), tuple(claim._asdict() for claim in answer.claims)
-    latest = experiment.latest._replace(answer=answer.text, claims=decided)
-    with workdirs.writing(plan.workdir):
+    with workdirs.recording(plan.workdir):
+      experiment, decided = plan.experiment(), tuple(claim._asdict() for claim in answer.claims)
+      latest = experiment.latest._replace(answer=answer.text, claims=decided)
       workdirs.write_experiment(plan.workdir, experiment.with_launch(latest))
     print(f'\n{report.publish(plan.workdir)}')
 
@@ -312,6 +318,12 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
   return lines
+
+
+def damaged(plan: Plan) -> list[str]:
+  """A line for each arm of the plan of which a file is damaged, and what mends it."""
+  faults = results.faults(row for row in results.read(plan.workdir) if row.arm_id in plan.everyone)
+  return [*faults[:FEW], f'and {len(faults) - FEW} more damaged arms'] if len(faults) > FEW else faults
 
 
 def misspelt(module: ModuleType) -> list[str]:

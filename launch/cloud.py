@@ -25,8 +25,9 @@ import slm_jax
 from launch.plan import Plan, Unit
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import require
-from slm_jax.files import read_object
+from slm_jax.run_files import read_run
 
+MOST_DEVICES = 100_000  # more than any cluster has
 PATIENCE = 90  # seconds until a file that another machine wrote to a network share must be seen here
 
 
@@ -52,7 +53,8 @@ def call(argv: Sequence[str], stdin: str = '', show: bool = False) -> Result:
   """Runs a command to its end. show: its output goes to the terminal as it comes; else it is returned."""
   if show:
     return Result(subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode)
-  done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+  # Whatever the locale is: what a tool says when it fails may be in any encoding.
+  done = subprocess.run(argv, input=stdin, capture_output=True, encoding='utf-8', errors='replace', check=False)
   return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -128,6 +130,7 @@ def check_devices(plan: Plan, devices: int) -> None:
   """ConfigError if an arm cannot be spread over so many devices: now, and not when they are there and cost money."""
   from slm_jax import sharding
 
+  require(devices <= MOST_DEVICES, f'{devices:,} devices: at most {MOST_DEVICES:,} can train an arm together')
   for run, batch_size, accumulate in {
     (arm.config.run, arm.config.data.batch_size, arm.config.train.accumulate) for arm in plan.arms
   }:
@@ -223,7 +226,7 @@ def why(plan: Plan, unit: Unit) -> str:
   said = []
   for arm_id in unit.arms:
     if not plan.is_finished(arm_id):
-      run = read_object(workdirs.folder(plan.workdir, arm_id) / 'run.json')
+      run, _ = read_run(workdirs.folder(plan.workdir, arm_id))
       said.append(
         f'{arm_id}: {run.get("status", "never started")}' + (f' ({run["error"]})' if run.get('error') else '')
       )

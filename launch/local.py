@@ -26,13 +26,14 @@ def check(plan: Plan, options: flags.FlagValues) -> None:
 
 def ready(plan: Plan, options: flags.FlagValues) -> None:
   its = places_of(plan, options)
-  if len(its) > 1 and its[0].devices:
+  elsewhere = len(its) > 1 and bool(its[0].devices)
+  if elsewhere:
     import jax
 
     # The workers' GPUs are not this process's: as many devices of its CPU stand for those of one worker.
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', len(its[0].devices))
-  worker.preflight(plan.arms, plan.workdir)
+  worker.preflight(plan.arms, plan.workdir, own_devices=not elsewhere)
 
 
 def show(plan: Plan, units: Sequence[Unit], options: flags.FlagValues) -> str:

@@ -50,10 +50,10 @@ def _gpus(env: Mapping[str, str]) -> list[str]:
   if 'CUDA_VISIBLE_DEVICES' in env:
     return [name for name in env['CUDA_VISIBLE_DEVICES'].split(',') if name]
   try:
-    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, env=dict(env), check=True).stdout
+    done = subprocess.run(['nvidia-smi', '-L'], capture_output=True, env=dict(env), check=True)
   except (OSError, subprocess.CalledProcessError):
     return []
-  return re.findall(r'^GPU (\d+):', listed, re.MULTILINE)
+  return re.findall(r'^GPU (\d+):', done.stdout.decode(errors='replace'), re.MULTILINE)
 
 
 def _chips(env: Mapping[str, str], dev: Path) -> list[str]:

@@ -16,6 +16,7 @@ from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.workdir import Experiment, Launch
 from slm_jax.config import to_dict
 from slm_jax.files import write_json
+from slm_jax.run_files import read_config
 
 
 class Unit(NamedTuple):
@@ -110,16 +111,16 @@ class Plan(NamedTuple):
     return before._replace(arms=arms).with_launch(self.launch(before))
 
   def record(self) -> None:
-    """Writes experiment.json, config.json of the arms that have none, and a copy of the experiment's own files."""
+    """Writes experiment.json, config.json of arms that have none or a damaged one, and a copy of the code."""
     now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
-    with workdirs.writing(self.workdir):
+    with workdirs.recording(self.workdir):
       experiment = self.experiment()
       workdirs.write_experiment(self.workdir, experiment.with_launch(experiment.latest._replace(when=now)))
       workdirs.keep_code(self.workdir, self.files)
       for arm in self.arms:
-        path = workdirs.folder(self.workdir, arm.arm_id) / 'config.json'
-        if not path.exists():
-          write_json(path, to_dict(arm.config))
+        folder = workdirs.folder(self.workdir, arm.arm_id)
+        if not read_config(folder)[0]:
+          write_json(folder / 'config.json', to_dict(arm.config))
 
 
 def units(plan: Plan, arms_per_job: int, workers: int | None = None) -> list[Unit]:

@@ -25,8 +25,8 @@ from launch.plan import Plan, Unit
 from launch.worker import outcome
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
-from slm_jax.files import read_object
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from slm_jax.run_files import read_run
 
 PAUSE = 0.1  # seconds between two looks at the workers
 PATIENCE = 60.0  # seconds, at most, before a worker is started again
@@ -203,14 +203,14 @@ class Pool:
     path = self._log_file(unit)
     with workdirs.writing(path):
       path.parent.mkdir(exist_ok=True)
-      with open(path, 'a', encoding='utf-8') as log:
+      with open(path, 'a', encoding='utf-8', errors='backslashreplace') as log:
         log.write(f'[{datetime.datetime.now().astimezone().isoformat(timespec="seconds")}] {words}\n')
 
 
 def why(workdir: Path, arm: Arm, began: float, log: Path) -> str:
   """Why an arm failed: what run.json says, if this worker wrote it, else the last thing that the log has."""
-  path = workdirs.folder(workdir, arm.arm_id) / 'run.json'
-  error = read_object(path).get('error')
+  folder = workdirs.folder(workdir, arm.arm_id)
+  path, error = folder / 'run.json', read_run(folder)[0].get('error')
   if error and path.stat().st_mtime >= began:
     return ' '.join(str(error).split())
   for line in map(str.strip, reversed(status.tail(log))):

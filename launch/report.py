@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slm_jax import commands
 from slm_jax.ablate import compare, report
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
@@ -18,6 +19,7 @@ USAGE = 'usage: python -m launch.report WORKDIR [--all], or two workdirs to comp
 
 
 def main(argv: Sequence[str]) -> int:
+  commands.show_any_text()
   if '--help' in argv:
     print(USAGE)
     return 0

@@ -10,7 +10,7 @@ from absl import flags
 
 from slm_jax.ablate import search
 from slm_jax.ablate.arms import MANY, Arm, base_of, expand, show_apart
-from slm_jax.ablate.sweep import Changes
+from slm_jax.ablate.sweep import LARGEST, Changes
 from slm_jax.config import require
 from slm_jax.files import expanded
 
@@ -24,6 +24,10 @@ def check(options: flags.FlagValues) -> None:
   )
   for name in ('seeds', 'only', 'exclude', 'limit'):
     require(not options[name].value, f'--{name}: cannot be combined with --search')
+  most, hint = (LARGEST, '') if options.yes else (MANY, '; --yes if so many are meant')
+  for name in ('search', 'search_round'):
+    trials = int(options[name].value or 0)
+    require(trials <= most, f'--{name}={trials}: more than {most:,} arms{hint}')
 
 
 def arms(

@@ -20,7 +20,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Required, TypedDict
 
 from absl import flags, logging
 
@@ -30,7 +30,7 @@ from launch.plan import Plan, Unit, unit_name
 from slm_jax import notices
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.config import ConfigError, require
-from slm_jax.files import read_object, write_json, write_text
+from slm_jax.files import read_json, warn_once, write_json, write_text
 from slm_jax.preempt import EXIT_DONE, EXIT_PREEMPTED
 
 LARGEST = 1000  # tasks of an array; Slurm's MaxArraySize is 1001 unless a site changes it
@@ -74,6 +74,14 @@ if ((code == 42 || code > 127)); then # preempted or killed; 0 is done, all else
 fi
 exit $code
 """
+
+
+class _Record(TypedDict, total=False):
+  """Of a submitted job: which arms its tasks have."""
+
+  arms: Required[list[list[str]]]
+  workdir: Required[str]
+  job: str
 
 
 class Job(NamedTuple):
@@ -339,8 +347,11 @@ def queued(plan: Plan, call: Call) -> dict[str, str]:
     task, _, name = line.strip().partition(' ')
     job, _, index = task.partition('_')
     path = folder(plan) / f'{name}.json'
-    if index and path.exists():
-      record = read_object(path)
-      if 'arms' in record and record.get('workdir') == _where(plan):  # a copied workdir has the records, not the jobs
-        found |= dict.fromkeys(record['arms'][int(index)], task)
+    record, fault = read_json(path, _Record) if index.isdecimal() else (None, '')
+    if record and int(index) >= len(record['arms']):
+      record, fault = None, f'it has no task {index}'
+    if fault:  # two tasks of one arm do no harm: the second waits for the arm's lock, and then finds it done
+      warn_once(f'{path}: damaged ({fault}): which arms task {task} has is not known, so they may be submitted again')
+    if record and record['workdir'] == _where(plan):  # a copied workdir has the records, not the jobs
+      found |= dict.fromkeys(record['arms'][int(index)], task)
   return found

@@ -5,6 +5,7 @@
     done        finished, and never run again
     running     a process holds the arm's lock; or, where that cannot be seen, something was written of late
     stalled     it was running, and its process is gone, or it has long been quiet: launch again
+    damaged     a file of it cannot be trusted, with what mends it
     preempted   stopped with its state saved; launch again, if its engine does not do so by itself
     failed      for good, with the reason: it diverged, a bug, bad input
     blocked     an arm that it builds on is not done
@@ -15,7 +16,6 @@ the last line of metrics.jsonl tells. Nothing is locked or written here, so look
 """
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from slm_jax import commands, metrics
 from slm_jax.ablate import results, table
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.results import Row
@@ -34,7 +35,16 @@ from slm_jax.progress import PERIOD, duration
 
 FRESH = 600.0  # seconds after its last sign of life during which an arm on another machine counts as running
 QUIET = 120.0  # seconds without a sign of life, of an arm that runs here, that are worth a word
-STATES = ('running', 'stalled', 'failed', 'preempted', 'blocked', 'missing', 'done')  # what matters most comes first
+STATES = (
+  'running',
+  'stalled',
+  'failed',
+  'damaged',
+  'preempted',
+  'blocked',
+  'missing',
+  'done',
+)  # what matters most comes first
 USAGE = 'usage: python -m launch.status WORKDIR [--watch]'
 TAIL = 1 << 16  # bytes of a log that are read
 PAUSE, LONGEST = 2.0, 60.0  # seconds between two drawings
@@ -71,16 +81,18 @@ def read(workdir: Path) -> list[Status]:
 def _status(workdir: Path, row: Row, now: float, locks: set[tuple[int, int]] | None) -> Status:
   folder = workdirs.folder(workdir, row.arm_id)
   state, note = _state(folder, row, now, locks)
-  lines = _metrics(folder / 'metrics.jsonl')
-  train: dict[str, Any] = next((line for line in reversed(lines) if line['kind'] == 'train'), {})
+  lines, damaged = _metrics(folder / 'metrics.jsonl')
+  if damaged:
+    note = '; '.join(filter(None, [note, f'metrics.jsonl: {damaged} damaged lines are left out']))
+  train: dict[str, Any] = next((line for line in lines if line['kind'] == 'train'), {})
   losses = [line['loss'] for line in lines if line.get('loss') is not None]
   steps = row.config.get('train.steps')
-  step = lines[-1]['step'] if lines else 0
+  step = lines[0]['step'] if lines else 0
   speed = left = None
-  if state == 'running' and train.get('tokens_per_second'):
+  if state == 'running' and train.get('tokens_per_second') and train.get('tokens'):
     speed = train['tokens_per_second'] / row.run.get('population', 1)  # each of n arms is booked 1/n of the time
-    left = (steps - step) * train['tokens'] / train['step'] / speed if steps else None
-  loss = row.summary.get('loss', losses[-1] if losses else None)
+    left = max(steps - step, 0) * train['tokens'] / max(train['step'], 1) / speed if steps else None
+  loss = row.summary.get('loss', losses[0] if losses else None)
   return Status(row.arm_id, row.name, row.config.get('seed'), state, note, step, steps, loss, speed, left)
 
 
@@ -96,8 +108,9 @@ def _state(folder: Path, row: Row, now: float, locks: set[tuple[int, int]] | Non
     if held is None and quiet < FRESH:
       return 'running', f'by its last sign of life, {duration(quiet)} ago{f" ({holder})" if holder else ""}'
     return 'stalled', f'quiet for {duration(quiet)}, {f"{holder} is gone" if held is False else holder or "no lock"}'
-  if row.status in ('failed', 'diverged'):
-    return 'failed', ' '.join(str(row.run.get('error') or 'without a word').split())
+  if row.status in ('failed', 'diverged', 'damaged'):
+    state = 'damaged' if row.status == 'damaged' else 'failed'
+    return state, ' '.join(str(row.run.get('error') or 'without a word').split())
   return row.status, ''
 
 
@@ -153,17 +166,21 @@ def tail(path: Path) -> list[str]:
     return []
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-  """The last whole lines of a metrics.jsonl."""
-  found = []
-  for line in tail(path):
-    try:
-      value = json.loads(line) if line.endswith('\n') else None
-    except ValueError:  # cut
-      continue
-    if isinstance(value, dict) and {'step', 'kind'} <= value.keys():
-      found.append(value)
-  return found
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+  """`(the last whole lines of a metrics.jsonl, how many damaged ones are among them)`: the last one first.
+
+  As many as tell the last step, loss and speed: a table of a thousand arms is drawn again and again.
+  """
+  text, lines, damaged = tail(path), list[dict[str, Any]](), 0
+  cut = len(text) > 1 and sum(map(len, text)) >= TAIL  # the first of them, perhaps
+  for line in reversed(text[cut:]):
+    if line.endswith('\n'):
+      values, fault = metrics.parse(line)
+      lines += [values] if not fault else []
+      damaged += bool(fault)
+      if any(each['kind'] == 'train' for each in lines) and any(each.get('loss') is not None for each in lines):
+        break
+  return lines, damaged
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -276,6 +293,7 @@ class Lines:
 
 
 def main(argv: Sequence[str]) -> int:
+  commands.show_any_text()
   if '--help' in argv:
     print(USAGE)
     return 0

@@ -15,8 +15,8 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.alike import groups
 from slm_jax.ablate.arms import Arm
 from slm_jax.config import ConfigError
-from slm_jax.files import read_object
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from slm_jax.run_files import read_run
 
 if TYPE_CHECKING:
   from slm_jax.experiment import Config
@@ -116,14 +116,31 @@ def _admitted(group: list[Arm], admit: Callable[[Arm], str]) -> tuple[list[Arm],
   return allowed, '' if allowed else refusals[0]
 
 
-def preflight(arms: Sequence[Arm], workdir: Path) -> None:
+def check_memory(arms: Sequence[Arm], workdir: Path) -> None:
+  """ConfigError if an arm that is not done surely takes more memory than the devices of this process have."""
+  import jax
+
+  from slm_jax import memory
+
+  seen = set()
+  for config in (arm.config for arm in arms if not workdirs.is_done(workdir, arm.arm_id)):
+    key = memory.of_device(config, jax.device_count())
+    if key not in seen:
+      memory.check(config, jax.devices())
+    seen.add(key)
+
+
+def preflight(arms: Sequence[Arm], workdir: Path, own_devices: bool = True) -> None:
   """ConfigError if the data or the devices cannot serve an arm; then `workdir` is as it was. Prints notices.
 
   Tokenises what is not tokenised yet: a text that cannot be read shows before the first arm starts, not after hours.
+  own_devices: False where the devices of this process only stand for those of the workers.
   """
   from slm_jax import notices, perf, train
 
   perf.keep_freed_memory()  # this is the first to use the devices
+  if own_devices:
+    check_memory(arms, workdir)
   seen = set()
   try:
     with workdirs.writing(workdir):
@@ -194,7 +211,7 @@ def _default_train(code: Mapping[str, str]) -> Train:
 
 def outcome(workdir: Path, arm: Arm, code: int) -> str:
   """What became of an arm that ended with `code`, in words."""
-  run = read_object(workdirs.folder(workdir, arm.arm_id) / 'run.json')
+  run, _ = read_run(workdirs.folder(workdir, arm.arm_id))
   if code != EXIT_DONE:
     word = 'diverged' if run.get('status') in ('diverged', 'nan') else 'failed'
     return f'{word} ({run.get("error") or f"exit code {code}"})'

@@ -1,8 +1,8 @@
 """Checkpoints by orbax: written asynchronously and atomically, verified when read, the last few and the best kept.
 
 A checkpoint is the whole `TrainState` (its step is the position in the data) and a JSON record with a checksum of every
-bit. A checkpoint that cannot be read, or whose checksum is wrong, is set aside with a message and the one before it is
-used. Nothing is pickled.
+bit of it, and one of its own. A checkpoint that cannot be read, or of which a checksum is wrong, is set aside with a
+message and the one before it is used. What a newer version wrote is refused. Nothing is pickled.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,17 +18,18 @@ from jax.sharding import Mesh
 
 from slm_jax import distributed, sharding
 from slm_jax.checksum import checksum
-from slm_jax.config import ConfigError, from_dict, to_dict
+from slm_jax.config import ConfigError, check, from_dict, require, to_dict
 from slm_jax.data import tokenizer
 from slm_jax.data.tokenizer import Tokenizer
-from slm_jax.files import disk_errors, write_json
+from slm_jax.files import DamagedFile, disk_errors, parse_json, read_json, sealed, write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import zeros
 from slm_jax.prune.matrices import matrices
 
-FORMAT = 1
+FORMAT = 1  # of a checkpoint's record and of model.json
+MODEL = 'model.json'
 # Where devices hold the same array, orbax has each of them write a share of it, which a small program cuts out, one for
 # every shape there is: the first checkpoint of a small model on eight devices took 3.9 s, and 1.1 s without.
 SHARE = 16 << 20  # bytes, from which on the work of writing is shared
@@ -45,6 +46,30 @@ def _arrays() -> ocp.PyTreeCheckpointHandler:
 def _into(abstract: Any) -> ocp.args.PyTreeRestore:
   """Arrays of these shapes, on these shardings."""
   return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+
+
+class _Record(TypedDict, total=False):
+  """Of a checkpoint: its checksum, and what the run has used so far (ledger.py, energy.py)."""
+
+  format: Required[int]
+  checksum: Required[int]
+  tokens: float
+  seconds: float
+  best: float | None
+  spent: dict[str, float]
+  chip_seconds: float
+  joules: float | None
+  joules_estimated: float
+  energy_source: str
+
+
+class _ModelFile(TypedDict):
+  """model.json."""
+
+  format: int
+  checksum: int
+  tokenizer: str
+  model: dict[str, Any]
 
 
 class Checkpoints:
@@ -94,7 +119,7 @@ class Checkpoints:
       if distributed.on_main(lambda: (self._manager.metrics(step) or UNRANKED)['loss'] < math.inf):
         return
       self._manager.delete(step)  # written when its evaluation was interrupted: it may be the best, and be lost as such
-    record = {**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))}
+    record = sealed({**record, 'format': FORMAT, 'checksum': int(jax.device_get(checksum(state)))})
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
     with disk_errors(self._folder):
       self._manager.save(step, args=items, metrics=UNRANKED if loss is None else {'loss': loss})
@@ -109,17 +134,19 @@ class Checkpoints:
 
   def read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
     """The checkpoint of one step; None if it is damaged, and then it is out of the way."""
-    read, fault = None, ''
+    read, record, fault = None, None, ''
     try:
       items = ocp.args.Composite(state=_into(abstract), record=ocp.args.JsonRestore())
       read = self._manager.restore(step, args=items)
+      record, fault = parse_json(json.dumps(read.record), _Record)
     except Exception as error:  # orbax and tensorstore raise many kinds; whatever it is, an older one may do
       fault = _first_line(error)
     fault = distributed.first_of(fault)  # each process reads its own part, and all check the whole
-    if read is not None and not fault:
-      found, written = int(checksum(read.state)), read.record.get('checksum')
+    if read is not None and record is not None and not fault:
+      require_known(record['format'], self._folder / str(step))
+      found, written = int(checksum(read.state)), record['checksum']
       if found == written:
-        return read.state, read.record
+        return read.state, record
       fault = f'checksum {found}, written {written}'
     distributed.on_main(self._set_aside, step, fault)
     self._manager.reload()
@@ -164,7 +191,7 @@ def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokeni
   record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params)), 'sparsity': sparsity}
   if distributed.is_main():
     (folder / 'tokenizer.model').write_bytes(tokens.serialize())
-    write_json(folder / 'model.json', {**record, 'model': to_dict(config)})
+    write_json(folder / MODEL, {**record, 'model': to_dict(config)})
 
 
 _zeros = jax.jit(zeros.count)
@@ -177,30 +204,23 @@ def load_model(
 
   mesh: over whose devices it is spread, by the rules, or as `sharding` says; unless given, all devices have all of it.
   """
-  path = _record_of(folder)
+  record = model_file(folder)
+  config = check(from_dict(ModelConfig, record.pop('model'), f'{folder / MODEL}:model'), f'{folder / MODEL}:model')
   try:
-    record = json.loads(path.read_text())
-    config = from_dict(ModelConfig, record.pop('model'), f'{path}:model')
     shapes = jax.eval_shape(decoder.build(config).init, jax.random.PRNGKey(0))
     layout = sharding.shardings(shapes, decoder.logical_axes(config), mesh or sharding.make_mesh(), rules)
     with ocp.Checkpointer(_arrays()) as reader:
       params = reader.restore(folder.absolute() / 'params', _into(sharding.abstract(shapes, layout)))
     if int(checksum(params)) != record['checksum']:
       raise ValueError('its checksum is wrong')
-  except ConfigError:
-    raise
   except Exception as error:
-    raise ConfigError(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
+    raise DamagedFile(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
   return config, params, record
 
 
 def load_tokenizer(folder: Path, known: Tokenizer) -> Tokenizer:
   """Of a finished model: `known` if it is that one; ConfigError if it is missing or damaged."""
-  path = _record_of(folder)
-  try:
-    expected = json.loads(path.read_text())['tokenizer']
-  except (ValueError, KeyError, TypeError) as error:
-    raise ConfigError(f'{folder}: damaged model ({_first_line(error)}); train that arm again') from error
+  expected = model_file(folder)['tokenizer']
   if expected == known.fingerprint:
     return known
   found = tokenizer.load(folder / 'tokenizer.model')
@@ -209,10 +229,19 @@ def load_tokenizer(folder: Path, known: Tokenizer) -> Tokenizer:
   return found
 
 
-def _record_of(folder: Path) -> Path:
-  if not (path := folder / 'model.json').exists():
-    raise ConfigError(f'{folder}: no finished model there (no model.json); has that arm been trained?')
-  return path
+def model_file(folder: Path) -> dict[str, Any]:
+  """What model.json says. ConfigError if there is none, it is damaged, or a newer version wrote it."""
+  record, fault = read_json(folder / MODEL, _ModelFile)
+  require(bool(record or fault), f'{folder}: no finished model there (no {MODEL}); has that arm been trained?')
+  if fault:
+    raise DamagedFile(f'{folder}: damaged model ({MODEL}: {fault}); train that arm again')
+  require_known(record['format'], folder / MODEL)
+  return record
+
+
+def require_known(written: int, path: Path) -> None:
+  """ConfigError for the format of a newer version."""
+  require(written <= FORMAT, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
 
 
 def _first_line(error: Exception) -> str:

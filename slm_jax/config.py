@@ -19,8 +19,10 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, Union
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+from slm_jax import ranges
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
@@ -41,10 +43,17 @@ def to_install(extra: str) -> str:
 
 
 def setting(
-  default: Any, *, semantic: bool = True, arm: bool = False, traced: bool = False, unhashed: Any = dataclasses.MISSING
+  default: Any,
+  within: str = '',
+  *,
+  semantic: bool = True,
+  arm: bool = False,
+  traced: bool = False,
+  unhashed: Any = dataclasses.MISSING,
 ) -> Any:
   """A dataclass field with a default.
 
+  within: the range of a number, or of each number in a tuple, as in '[0, 1)'; see ranges.py. Every number has one.
   semantic: False for what cannot change the result (paths, device counts, logging); such fields are not hashed.
   arm: True if the value names another arm of the same sweep, on whose checkpoint this one depends.
   traced: True for a number that the compiled step takes as an argument (`hparams`): arms that differ only in such
@@ -52,10 +61,9 @@ def setting(
   unhashed: the value that does not enter an arm's id; the default unless given. A field whose default changes must name
     its first default here: otherwise a run with the old default and a run with the new one would have one id.
   """
-  metadata = {'semantic': semantic, 'arm': arm, 'traced': traced}
-  return dataclasses.field(
-    default=default, metadata=metadata if unhashed is dataclasses.MISSING else {**metadata, 'unhashed': unhashed}
-  )
+  known = {'within': ranges.parse(within)} if within else {}
+  known |= {} if unhashed is dataclasses.MISSING else {'unhashed': unhashed}
+  return dataclasses.field(default=default, metadata={'semantic': semantic, 'arm': arm, 'traced': traced, **known})
 
 
 # ---------------------------------------------------------------------------------------------- dotted overrides
@@ -75,7 +83,7 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
 
 def _replace(node: Any, path: list[str], value: Any, key: str) -> Any:
   head, rest = path[0], path[1:]
-  if isinstance(node, tuple) and head.isdigit() and int(head) < len(node) and not _is_section(node[int(head)]):
+  if isinstance(node, tuple) and head.isdigit() and int(head) < len(node) and not is_section(node[int(head)]):
     return node[: int(head)] + (value,) + node[int(head) + 1 :]
   if isinstance(node, tuple):
     kinds = [kind_of(item) for item in node]
@@ -168,19 +176,21 @@ def _scalar(annotation: type, value: Any, key: str) -> Any:
 def check(config: T, key: str = 'config') -> T:
   """Returns `config` with every value as a member of its field's type (1 -> 1.0, a list -> a tuple), or ConfigError.
 
-  Depth first, so that a section's own `check(key)` sees parts that are valid already.
+  Numbers must lie in the range of their field, and text must be Unicode. Depth first, so that a section's own
+  `check(key)` sees parts that are valid already.
   """
   hints, changed = _hints(type(config)), {}
   for field in dataclasses.fields(config):
-    given = getattr(config, field.name)
-    if type(given) is hints[field.name] and type(given) in _LEAVES:
-      continue
-    name = f'{key}.{field.name}'
-    value = coerce(hints[field.name], given, name)
-    if _is_section(value):
-      value = check(value, name)
-    elif isinstance(value, tuple):
-      value = tuple(check(v, f'{name}.{kind_of(v)}') if _is_section(v) else v for v in value)
+    value = given = getattr(config, field.name)
+    if type(given) is not hints[field.name] or type(given) not in _LEAVES:
+      name = f'{key}.{field.name}'
+      value = coerce(hints[field.name], given, name)
+      if is_section(value):
+        value = check(value, name)
+      elif isinstance(value, tuple):
+        value = tuple(check(v, f'{name}.{kind_of(v)}') if is_section(v) else v for v in value)
+    if fault := _fault(value, field.metadata.get('within')):
+      raise ConfigError(f'{key}.{field.name}={value!r}: {fault}')
     if value is not given:
       changed[field.name] = value
   config = dataclasses.replace(config, **changed) if changed else config
@@ -189,38 +199,21 @@ def check(config: T, key: str = 'config') -> T:
   return config
 
 
-# A section's table of settings that count only under a condition: {field: (condition on the section, in words)}. It is
-# a class variable `needs`; the words follow 'without'.
-Needs = Mapping[str, tuple[Callable[[Any], Any], str]]
+def _fault(value: Any, within: ranges.Range | None) -> str:
+  """Says what is wrong with a leaf, or with the first one of a tuple that is wrong; '' if nothing is."""
+  if isinstance(value, tuple):
+    return next(filter(None, (_fault(each, within) for each in value)), '')
+  if isinstance(value, str) and not is_unicode(value):
+    return 'must be Unicode text; the name of a file must be UTF-8'
+  return within.fault(value) if within is not None and value is not None else ''
 
 
-class Conditional(NamedTuple):
-  """A setting that is not at its default, and that counts only under a condition."""
-
-  key: str
-  value: Any
-  default: Any
-  counts: bool  # whether the condition holds
-  needs: str  # the condition in words
+def is_unicode(text: str) -> bool:
+  """False for a text with half of a surrogate pair, such as the name of a file that is not UTF-8."""
+  return text.isascii() or not any('\ud800' <= c <= '\udfff' for c in text)
 
 
-def conditional(config: Any, key: str = '') -> Iterator[Conditional]:
-  """Yields the settings of a tree of sections that stand in their tables `needs` and are not at their defaults."""
-  table = getattr(config, 'needs', {})
-  for field in dataclasses.fields(config):
-    value, name = getattr(config, field.name), f'{key}.{field.name}' if key else field.name
-    if field.name in table and value != field.default:
-      condition, words = table[field.name]
-      yield Conditional(name, value, field.default, bool(condition(config)), words)
-    if _is_section(value):
-      yield from conditional(value, name)
-    elif isinstance(value, tuple):
-      for item in value:
-        if _is_section(item):
-          yield from conditional(item, f'{name}.{kind_of(item)}')
-
-
-def _is_section(value: Any) -> bool:
+def is_section(value: Any) -> bool:
   return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -287,12 +280,12 @@ def identity(config: Any, default: Any = None) -> dict[str, Any]:
     if not field.metadata.get('semantic', True):
       continue
     value, unhashed = getattr(config, field.name), _unhashed(field, default)
-    if _is_section(value):
-      inside = identity(value, unhashed if _is_section(unhashed) else None)
+    if is_section(value):
+      inside = identity(value, unhashed if is_section(unhashed) else None)
       if inside.keys() - {'kind'} or inside.get('kind') != getattr(unhashed, 'kind', None):
         out[field.name] = inside
-    elif isinstance(value, (tuple, list)) and any(map(_is_section, value)):
-      out[field.name] = [identity(item) if _is_section(item) else _plain(item, True) for item in value]
+    elif isinstance(value, (tuple, list)) and any(map(is_section, value)):
+      out[field.name] = [identity(item) if is_section(item) else _plain(item, True) for item in value]
     elif unhashed is dataclasses.MISSING or _plain(value, True) != _plain(unhashed, True):
       out[field.name] = _plain(value, True)
   return out
@@ -352,11 +345,11 @@ def traced(config: Any) -> dict[str, float]:
       value = getattr(node, field.name)
       if field.metadata.get('traced'):
         found[f'{key}.{field.name}'] = float(value)
-      elif _is_section(value):
+      elif is_section(value):
         visit(value, field.name)
       elif isinstance(value, tuple):
         for item in value:
-          if _is_section(item):
+          if is_section(item):
             visit(item, kind_of(item))
 
   visit(config, '')
@@ -370,10 +363,10 @@ def static(config: T) -> T:
     value = getattr(config, field.name)
     if field.metadata.get('traced'):
       parts[field.name] = field.default
-    elif _is_section(value):
+    elif is_section(value):
       parts[field.name] = static(value)
     elif isinstance(value, tuple):
-      parts[field.name] = tuple(static(item) if _is_section(item) else item for item in value)
+      parts[field.name] = tuple(static(item) if is_section(item) else item for item in value)
   return dataclasses.replace(config, **parts)
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import require, setting
+from slm_jax.config import setting
 from slm_jax.model.api import Params
 from slm_jax.step import Resources, Transform, TransformConfig
 
@@ -14,10 +14,7 @@ from slm_jax.step import Resources, Transform, TransformConfig
 @dataclasses.dataclass(frozen=True)
 class Ema(TransformConfig):
   kind: ClassVar[str] = 'ema'
-  decay: float = setting(0.99, traced=True)
-
-  def check(self, key: str) -> None:
-    require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
+  decay: float = setting(0.99, '[0, 1)', traced=True)
 
   def build(self, resources: Resources) -> tuple[Transform, dict[str, Any]]:
     return ema(self.decay), {}

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from slm_jax import chips
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.data.config import DataConfig
 from slm_jax.data.tokenizer import Bytes
 from slm_jax.model.config import ModelConfig
@@ -21,33 +22,23 @@ from slm_jax.step import TransformConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  steps: int = 1000  # 0: what the arm starts from is evaluated
-  accumulate: int = 1  # parts into which a batch is split, one after another
-  z_loss: float = 0.0
-  loss_chunk: int = setting(2048, semantic=False)  # tokens whose logits exist at once
-  vocab_chunk: int = setting(0, semantic=False)  # and for so many tokens of the vocabulary at a time; 0: for all
-
-  def check(self, key: str) -> None:
-    require(self.steps >= 0, f'{key}.steps={self.steps}: must not be negative')
-    require(self.accumulate > 0, f'{key}.accumulate={self.accumulate}: must be positive')
-    require(self.z_loss >= 0, f'{key}.z_loss={self.z_loss}: must not be negative')
-    require(self.loss_chunk > 0, f'{key}.loss_chunk={self.loss_chunk}: must be positive')
-    require(self.vocab_chunk >= 0, f'{key}.vocab_chunk={self.vocab_chunk}: must not be negative')
+  steps: int = setting(1000, '[0, 2^31)')  # 0: what the arm starts from is evaluated
+  accumulate: int = setting(1, '[1, 2^31)')  # parts into which a batch is split, one after another
+  z_loss: float = setting(0.0, '[0, inf)')
+  loss_chunk: int = setting(2048, '[1, 2^31)', semantic=False)  # tokens whose logits exist at once
+  # And for so many tokens of the vocabulary at a time; 0: for all.
+  vocab_chunk: int = setting(0, '[0, 2^31)', semantic=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  every: int = 200  # steps; the last step is always evaluated
-  bytes: int = 65_536  # of the valid split, about, in whole documents at even distances; 0: all
-  samples: int = 2  # texts written at the end
-  sample_tokens: int = 96
-  temperature: float = 1.0
+  every: int = setting(200, '[1, 2^31)')  # steps; the last step is always evaluated
+  # Of the valid split, about, in whole documents at even distances; 0: all.
+  bytes: int = setting(65_536, '[0, 2^40]')
+  samples: int = setting(2, '[0, 1000]')  # texts written at the end, as one batch
+  sample_tokens: int = setting(96, '[0, 2^31)')
+  temperature: float = setting(1.0, '[0, inf)')
   prompt: str = ''
-
-  def check(self, key: str) -> None:
-    require(self.every > 0, f'{key}.every={self.every}: must be positive')
-    for name in ('bytes', 'samples', 'sample_tokens', 'temperature'):
-      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +50,14 @@ class InitConfig:
   # fluctuations (flap: heads and channels only) or the stream's principal directions (SliceGPT); by what the gates of
   # an arm with L0 (prune/l0.py) left open; or at random.
   by: Literal['magnitude', 'activations', 'flap', 'principal', 'gates', 'random'] = 'magnitude'
-  layers: tuple[int, ...] = ()  # that stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart
+  # That stay, 0 for the first; none: chosen, or spread evenly if nothing tells them apart.
+  layers: tuple[int, ...] = setting((), '[0, 2^31)')
   sparse: OneShot = OneShot()
-  sequences: int = 128  # of calibration text, at least: for what `by` and `sparse` read of it
+  sequences: int = setting(128, '[1, 2^31)')  # of calibration text, at least: for what `by` and `sparse` read of it
 
   needs: ClassVar[Needs] = dict.fromkeys(('by', 'layers', 'sequences'), (lambda its: its.arm, 'init.arm'))
 
   def check(self, key: str) -> None:
-    require(self.sequences > 0, f'{key}.sequences={self.sequences}: must be positive')
     require(self.by != 'gates' or not self.layers, f'{key}.layers={self.layers}: with {key}.by=gates they are learnt')
     pruned = self.sparse.criterion != 'none'
     require(bool(self.arm) or not pruned, f"{key}.arm='': name the trained arm that {key}.sparse is to prune")
@@ -88,27 +79,25 @@ class InitConfig:
 class RunConfig:
   """How, not what: nothing here changes a result beyond rounding, and nothing here enters an arm's identity."""
 
-  data_parallel: int = 0  # devices on the mesh axis 'data'; 0: all that are left
-  fsdp: int = 1
-  tensor: int = 1
+  data_parallel: int = setting(0, '[0, 2^31)')  # devices on the mesh axis 'data'; 0: all that are left
+  fsdp: int = setting(1, '[1, 2^31)')
+  tensor: int = setting(1, '[1, 2^31)')
   spread_optimizer: bool = True  # each of the devices on 'data' has its share of the optimiser's state, and not all
   spread_teacher: bool = False  # and of teachers' parameters, which are gathered when they are used
-  log_every: int = 10
-  checkpoint_every: int = 500
-  keep: int = 2  # checkpoints beside the best one
-  prefetch: int = 2  # batches on the device ahead of the step
+  log_every: int = setting(10, '[1, 2^31)')
+  checkpoint_every: int = setting(500, '[1, 2^31)')
+  keep: int = setting(2, '[1, 2^31)')  # checkpoints beside the best one
+  prefetch: int = setting(2, '[1, 1000]')  # batches on the device ahead of the step
   population: bool = True  # train in one program with arms that differ in traced numbers and seeds only
   tensorboard: bool = False
   wandb: bool = False
-  profile: tuple[int, ...] = ()  # first and last step of an XProf trace, in the arm's profile/; none: no trace
+  # First and last step of an XProf trace, in the arm's profile/; none: no trace.
+  profile: tuple[int, ...] = setting((), '[1, 2^31)')
   dump: bool = False  # write the compiled step and its costs into the arm's hlo/
   price: str = 'on_demand'  # of a chip-hour: 'on_demand' or 'spot' of chips.toml, or dollars
 
   def check(self, key: str) -> None:
-    for name in ('fsdp', 'tensor', 'log_every', 'checkpoint_every', 'keep', 'prefetch'):
-      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
-    require(self.data_parallel >= 0, f'{key}.data_parallel={self.data_parallel}: must not be negative')
-    known = not self.profile or (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1])
+    known = not self.profile or (len(self.profile) == 2 and self.profile[0] <= self.profile[1])
     require(known, f'{key}.profile={self.profile}: must be the first and the last step of a trace, as in 10,12')
     chips.check_terms(self.price, f'{key}.price')
 
@@ -116,7 +105,8 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
   name: str = setting('', semantic=False)  # the arm's label in tables; other arms may refer to it
-  seed: int = 0  # of the initial parameters and of all randomness in the step; the order of data has its own
+  # Of the initial parameters and of all randomness in the step; the order of data has its own.
+  seed: int = setting(0, '[0, 2^32)')
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()

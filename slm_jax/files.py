@@ -1,15 +1,21 @@
-"""Paths, small atomic files, and how a full disk shows."""
+"""Paths, small atomic files with a checksum, and how a full disk shows."""
 
 import contextlib
 import errno
+import functools
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
+from slm_jax import schema
 from slm_jax.config import ConfigError
 
+CHECKSUM = 'crc32'  # the key under which an object has the checksum of all its other entries
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # as the errno of an OSError
 
 
@@ -19,6 +25,16 @@ def expanded(path: str) -> Path:
     return Path(path).expanduser()
   except RuntimeError:
     raise ConfigError(f'{path}: no such user') from None
+
+
+class DamagedFile(ConfigError):
+  """A file that this project wrote is not as it was written."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+  """A warning about a file: several tables of one command may read it."""
+  logging.warning('%s', message)
 
 
 @contextlib.contextmanager
@@ -38,8 +54,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text as UTF-8, as `write_bytes` does."""
-  write_bytes(path, text.encode())
+  """Writes a text as UTF-8, as `write_bytes` does.
+
+  Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as \\udce9.
+  """
+  write_bytes(path, text.encode(errors='backslashreplace'))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -58,13 +77,58 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + '\n')
+  """Writes JSON; an object gets its checksum, which `read_json` verifies."""
+  plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read
+  plain = sealed(plain) if isinstance(plain, dict) else plain
+  write_text(path, json.dumps(plain, indent=1, sort_keys=True) + '\n')
 
 
-def read_object(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; empty if there is none or it is damaged: one bad file must not hide the others."""
+def read_json(path: Path, kind: Any = dict) -> tuple[Any, str]:
+  """`(value, what is wrong)` of a JSON file; the value is None if there is no file, or something is wrong.
+
+  kind: what the value must be, see schema.py. An object of an earlier version has no checksum, and none is asked for.
+  """
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
+    return parse_json(path.read_text(encoding='utf-8'), kind)
+  except FileNotFoundError:
+    return None, ''
+  except UnicodeDecodeError as error:
+    return None, f'not UTF-8 at byte offset {error.start}'
+  except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    return None, f'cannot be read ({getattr(error, "strerror", None) or error})'
+
+
+def parse_json(text: str, kind: Any = dict) -> tuple[Any, str]:
+  """As `read_json`, of a text."""
+  try:
+    value = _DECODER.decode(text)
+  except (ValueError, RecursionError) as error:
+    return None, f'not JSON ({error})'
+  if isinstance(value, dict) and CHECKSUM in value:
+    written = value.pop(CHECKSUM)
+    if written != checksum(value):
+      return None, 'its checksum is wrong, so some of it was changed'
+  fault = schema.fault(value, kind)
+  return (None, fault) if fault else (value, '')
+
+
+def _refuse(name: str) -> None:
+  raise ValueError(f'{name} is no number')
+
+
+# `json.loads` and `json.dumps` with options would make these anew for every line of a log.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(',', ':'), allow_nan=False)
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+  """The entries, of JSON types, and their checksum."""
+  return {**value, CHECKSUM: checksum(value)}
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+  """8 hex digits: the CRC-32 of the value as JSON, so that white space and the order of keys do not count.
+
+  Every error of one bit, and all but one in 4e9 of others, gives another checksum.
+  """
+  return f'{zlib.crc32(_ENCODER.encode(value).encode()):08x}'

@@ -126,13 +126,14 @@ class Ledger:
       self._tick(phase)
 
   def evaluated(self, step: int, results: Mapping[str, float]) -> float | None:
-    """Writes an evaluation; returns its loss if it is the lowest so far."""
+    """Writes an evaluation; returns its loss if it is a number, and the lowest so far."""
     self._tick('eval')
     self._log.write(step, 'eval', {**results, 'tokens': self._tokens, 'seconds': self._seconds})
-    if self._best is not None and not results['loss'] < self._best:
+    loss = results['loss']
+    if not math.isfinite(loss) or (self._best is not None and loss >= self._best):
       return None
-    self._best = results['loss']
-    return self._best
+    self._best = loss
+    return loss
 
   def _tick(self, phase: Phase | None = None) -> None:
     """Books the time since the last tick: in `phase`, or else to the steps, of which the first one is compiled."""

@@ -5,16 +5,29 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-from slm_jax import distributed
+from slm_jax import distributed, schema
 from slm_jax.config import require, to_dict, to_install
-from slm_jax.files import read_object, write_json, write_text
+from slm_jax.files import parse_json, read_json, sealed, write_json, write_text
 
 LOST = 'lost.json'  # beside metrics.jsonl: {phase: seconds of all processes that worked on the run}
-FORMAT = 2  # of what a run leaves (run.json, metrics.jsonl); run.json holds it. 1: other arm ids (ablate/adopt.py)
+# Of what a run leaves (run.json, metrics.jsonl); run.json holds it. 1: other arm ids (ablate/adopt.py).
+FORMAT = 2
+Seconds = Annotated[float, '[0, inf)']
+
+
+class _Line(TypedDict):
+  """What every line of metrics.jsonl has, beside numbers under other names."""
+
+  step: Annotated[int, '[0, 2^31)']
+  kind: Literal['train', 'eval']
+
+
+class _Evaluation(_Line):
+  loss: float | None
 
 
 class Sink(NamedTuple):
@@ -25,18 +38,45 @@ class Sink(NamedTuple):
 
 
 def read(path: Path, warn: Callable[[str], Any] = lambda text: None) -> Iterator[dict[str, Any]]:
-  """The lines of a metrics.jsonl; damaged ones are left out with a warning, a last one that was cut short without."""
+  """The lines of a metrics.jsonl; damaged ones are left out with a warning, a last one that was cut short without.
+
+  Each has a step, a kind ('train' or 'eval'), and numbers (or null) under all other names; an evaluation has a
+  loss. Lines of an earlier version have no checksum.
+  """
   if not path.exists():
     return
   with open(path, encoding='utf-8', errors='replace') as file:
     for number, line in enumerate(file, 1):
       if not line.endswith('\n'):
         return
-      try:
-        record = json.loads(line)
-        yield {**record, 'step': int(record['step'])}
-      except (ValueError, KeyError, TypeError):
-        warn(f'{path}: line {number} is damaged, and left out')
+      record, fault = parse(line)
+      if fault:
+        warn(f'{path}: line {number} is damaged ({fault}), and left out')
+      else:
+        yield record
+
+
+def parse(line: str) -> tuple[dict[str, Any], str]:
+  """`(its entries, '')` of a line of metrics.jsonl, or `({}, what is wrong)`."""
+  record, fault = parse_json(line, _Line)
+  if not fault and record['kind'] == 'eval':
+    fault = schema.fault(record, _Evaluation)
+  for name, value in () if fault else record.items():
+    # Nearly all are finite floats, and a log has many lines.
+    if not (type(value) is float and math.isfinite(value)) and name not in ('step', 'kind'):
+      fault = fault or schema.fault(value, float | None, name)
+  return ({}, fault) if fault else (record, '')
+
+
+def read_lost(path: Path) -> tuple[dict[str, float], str]:
+  """`({phase: seconds}, what is wrong)` of a lost.json; empty if there is none, or something is wrong."""
+  lost, fault = read_json(path, dict[str, Seconds])
+  return lost or {}, fault
+
+
+def _text(records: Iterable[Mapping[str, Any]]) -> str:
+  """A line for each, with its checksum."""
+  return ''.join(json.dumps(sealed(record)) + '\n' for record in records)
 
 
 class MetricLog:
@@ -53,8 +93,9 @@ class MetricLog:
     """
     evaluated, self.seconds, self.silent = distributed.on_main(_cut_back, path, step, warn)
     self._lost = path.with_name(LOST)
-    lost = distributed.on_main(read_object, self._lost)
-    self.lost = {name: seconds for name, seconds in lost.items() if isinstance(seconds, float)}
+    self.lost, fault = distributed.on_main(read_lost, self._lost)
+    if fault:
+      warn(f'{self._lost}: damaged ({fault}), and left out: seconds that were lost before are not counted')
     self.evaluated = {line['step']: line for line in evaluated}
     where = path if distributed.is_main() else os.devnull
     self._file = open(where, 'a', encoding='utf-8')  # noqa: SIM115  closed by close()
@@ -67,7 +108,7 @@ class MetricLog:
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
     """Non-finite numbers are written as null: JSON knows no NaN."""
     record = {'step': step, 'kind': kind} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-    self._file.write(json.dumps(record) + '\n')
+    self._file.write(_text([record]))
     self._file.flush()
     if kind == 'eval':
       self.evaluated[step] = record
@@ -96,7 +137,7 @@ def _cut_back(path: Path, step: int, warn: Callable[[str], None]) -> tuple[list[
   lines = list(read(path, warn))
   age = time.time() - path.stat().st_mtime if lines else 0.0
   kept = [line for line in lines if line['step'] <= step]
-  write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  write_text(path, _text(kept))
   return [line for line in kept if line['kind'] == 'eval'], lines[-1].get('seconds') or 0.0 if lines else 0.0, age
 
 

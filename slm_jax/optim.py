@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 
 MUON_RMS = 0.2  # root mean square of Muon's updates; about that of Adam's
 
@@ -17,33 +18,24 @@ MUON_RMS = 0.2  # root mean square of Muon's updates; about that of Adam's
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
   name: Literal['adamw', 'muon', 'adafactor'] = 'adamw'
-  learning_rate: float = setting(1e-3, traced=True)
+  learning_rate: float = setting(1e-3, '(0, inf)', traced=True)
   schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'
-  warmup: int = 100  # steps
-  decay: float = 0.2  # share of the steps in the last, decaying part of 'wsd'; or what the warm-up leaves of it
-  final: float = 0.1  # learning rate of the last step, as a share of the peak
-  weight_decay: float = setting(0.1, traced=True)  # of matrices only: not norms, biases
-  b1: float = 0.9  # of adamw, and of muon for what is no matrix; adafactor has none of these three
-  b2: float = 0.95  # and muon's momentum
-  eps: float = 1e-8
-  clip: float = setting(1.0, traced=True)  # largest global norm of a gradient; 0: no clipping
+  warmup: int = setting(100, '[0, 2^31)')  # steps
+  # Share of the steps in the last, decaying part of 'wsd'; or what the warm-up leaves of it.
+  decay: float = setting(0.2, '(0, 1]')
+  final: float = setting(0.1, '[0, 1]')  # learning rate of the last step, as a share of the peak
+  weight_decay: float = setting(0.1, '[0, inf)', traced=True)  # of matrices only: not norms, biases
+  # Of adamw, and of muon for what is no matrix; adafactor has none of these three.
+  b1: float = setting(0.9, '[0, 1)')
+  b2: float = setting(0.95, '[0, 1)')  # and muon's momentum
+  eps: float = setting(1e-8, '(0, inf)')
+  clip: float = setting(1.0, '[0, inf)', traced=True)  # largest global norm of a gradient; 0: no clipping
 
   needs: ClassVar[Needs] = {
     'decay': (lambda its: its.schedule == 'wsd', 'schedule=wsd'),
     'final': (lambda its: its.schedule != 'constant', 'a schedule that falls, such as cosine'),
     **dict.fromkeys(('b1', 'b2', 'eps'), (lambda its: its.name != 'adafactor', 'name=adamw or muon')),
   }
-
-  def check(self, key: str) -> None:
-    require(self.learning_rate > 0, f'{key}.learning_rate={self.learning_rate}: must be positive')
-    require(self.warmup >= 0, f'{key}.warmup={self.warmup}: must not be negative')
-    require(0 < self.decay <= 1, f'{key}.decay={self.decay}: must lie in (0, 1]')
-    require(0 <= self.final <= 1, f'{key}.final={self.final}: must lie in [0, 1]')
-    for name in ('b1', 'b2'):
-      require(0 <= getattr(self, name) < 1, f'{key}.{name}={getattr(self, name)}: must lie in [0, 1)')
-    require(self.eps > 0, f'{key}.eps={self.eps}: must be positive')
-    for name in ('clip', 'weight_decay'):
-      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
 
 
 class Optimizer(NamedTuple):

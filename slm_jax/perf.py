@@ -198,7 +198,8 @@ def _version(name: str) -> str:
 
 def _git() -> dict[str, Any]:
   def run(*args: str) -> str:
-    return subprocess.run(('git', *args), cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    here = Path(__file__).parent  # where the name of a changed file may be in any encoding
+    return subprocess.run(('git', *args), cwd=here, capture_output=True, check=True).stdout.decode(errors='replace')
 
   try:
     return {'commit': run('rev-parse', 'HEAD').strip(), 'dirty': bool(run('status', '--porcelain').strip())}

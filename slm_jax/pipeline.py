@@ -11,12 +11,12 @@ these entries as 'pipeline', and their sum as 'parent_flops' in its summary.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 
-from slm_jax.config import ConfigError
-from slm_jax.files import read_object
+from slm_jax.config import require
+from slm_jax.files import read_json
+from slm_jax.run_files import Run, mend, read_run
 
 
 def before(arms: Iterable[str], made: Mapping[str, float], workdir: Path) -> dict[str, float]:
@@ -36,18 +36,16 @@ def total(pipeline: Mapping[str, float]) -> float:
 
 def _whole(workdir: Path, arm: str) -> dict[str, float]:
   """Returns the pipeline of a finished arm, its own training included."""
-  run = read_object(workdir / 'arms' / arm / 'run.json')
-  pipeline = run.get('pipeline')
-  if not isinstance(pipeline, dict) or None in map(_amount, pipeline.values()):
+  pipeline = _run(workdir, arm).get('pipeline')
+  if pipeline is None:
     pipeline = _rebuilt(workdir, arm)
   return {**pipeline, arm: _flops(workdir, arm)}
 
 
 def _flops(workdir: Path, arm: str) -> float:
-  path = workdir / 'arms' / arm / 'run.json'
-  flops = _amount(_summary(workdir, arm).get('flops'))
-  if flops is None:
-    raise ConfigError(f'{path}: damaged; remove {path.parent}/DONE, and launch again')
+  folder, flops = workdir / 'arms' / arm, _amount(workdir, arm, 'flops')
+  require(flops is not None, f'{folder / "run.json"}: damaged (summary.flops is missing); {mend(folder)}')
+  assert flops is not None
   return flops
 
 
@@ -56,9 +54,9 @@ def _rebuilt(workdir: Path, arm: str) -> dict[str, float]:
 
   Its `parent_flops` are then a sum over its parents of `flops` and `parent_flops`, and of what it took to make data.
   """
-  entries = read_object(workdir / 'experiment.json').get('arms')
+  entries = (read_json(workdir / 'experiment.json')[0] or {}).get('arms')
   known = {entry.get('arm_id'): entry.get('parents') for entry in entries or () if isinstance(entry, dict)}
-  parents, recorded = known.get(arm), _amount(_summary(workdir, arm).get('parent_flops'))
+  parents, recorded = known.get(arm), _amount(workdir, arm, 'parent_flops')
   if not isinstance(parents, list):
     logging.warning('arm %s: its record names no ancestors; those that it shares with others count twice', arm)
     return {} if recorded is None else {f'before {arm}': recorded}
@@ -66,17 +64,20 @@ def _rebuilt(workdir: Path, arm: str) -> dict[str, float]:
   sums = []
   for parent in parents:
     found |= _whole(workdir, parent)
-    sums += [_flops(workdir, parent), _amount(_summary(workdir, parent).get('parent_flops')) or 0.0]
+    sums += [_flops(workdir, parent), _amount(workdir, parent, 'parent_flops') or 0.0]
   data = (recorded or 0.0) - math.fsum(sums)
   return {**found, f'data of {arm}': data} if data > 1e-9 * math.fsum(sums) else found
 
 
-def _summary(workdir: Path, arm: str) -> dict[str, Any]:
-  summary = read_object(workdir / 'arms' / arm / 'run.json').get('summary')
-  return summary if isinstance(summary, dict) else {}
+def _run(workdir: Path, arm: str) -> Run:
+  """Returns run.json of an ancestor. ConfigError if it is damaged."""
+  folder = workdir / 'arms' / arm
+  run, fault = read_run(folder)
+  require(not fault, f'{folder / "run.json"}: damaged ({fault}); {mend(folder)}')
+  return run
 
 
-def _amount(value: Any) -> float | None:
-  """A number of FLOPs; None for anything else that a file may hold."""
-  known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-  return float(value) if known else None
+def _amount(workdir: Path, arm: str, name: str) -> float | None:
+  """A number of FLOPs in an ancestor's summary; None if it is not there, or can be none."""
+  value = _run(workdir, arm).get('summary', {}).get(name)
+  return None if value is None or value < 0 else float(value)

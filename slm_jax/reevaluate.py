@@ -12,13 +12,14 @@ from absl import logging
 from slm_jax import config as configs
 from slm_jax import distributed, evaluate, metrics, notices, perf
 from slm_jax.checkpoint import Checkpoints, load_model
-from slm_jax.config import ConfigError, to_dict
+from slm_jax.config import ConfigError, require, to_dict
 from slm_jax.data.dataset import Dataset
 from slm_jax.experiment import Config, InitConfig
-from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.files import disk_errors, read_json, write_json
 from slm_jax.ledger import Diverged
 from slm_jax.model.api import Params
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Preemption
+from slm_jax.run_files import mend, read_run
 from slm_jax.step import TrainState
 from slm_jax.train import Job, assess, check_converged, prepare, valid_batches
 
@@ -35,7 +36,7 @@ def run(config: Config, workdir: Path, arm_id: str) -> int:
     with disk_errors(folder), Preemption(distributed.stop_agreed) as stop:
       with stop.at_once():
         job, params, state = restored(config, workdir, folder)
-        before = distributed.on_main(lambda: read_object(folder / 'run.json'))
+        before = distributed.on_main(known_run, folder)
         told = [*job.dataset.notices, *leaked(job.dataset, before)]
         notices.show(told)
       measure = jax.jit(job.measure, out_shardings=job.layout.step)
@@ -76,6 +77,13 @@ def restored(config: Config, workdir: Path, folder: Path) -> tuple[Job, Params, 
   return job, load_model(folder / 'model', mesh)[1], None
 
 
+def known_run(folder: Path) -> dict[str, Any]:
+  """Returns run.json of a finished arm. ConfigError if it is damaged."""
+  run, fault = read_run(folder)
+  require(not fault, f'{folder / "run.json"}: damaged ({fault}); {mend(folder)}')
+  return dict(run)
+
+
 def leaked(dataset: Dataset, run: Mapping[str, Any]) -> list[str]:
   """A notice if an earlier version trained the arm on text that is held out. run: its run.json."""
   n = sum(store.manifest['crossing']['count'] for store in dataset.stores)
@@ -89,14 +97,14 @@ def leaked(dataset: Dataset, run: Mapping[str, Any]) -> list[str]:
 def record(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any], told: Sequence[str]) -> None:
   """Writes what was found. config.json comes last: by it, the evaluation is done."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  run, config = read_object(folder / 'run.json'), read_object(folder / 'config.json')
+  run, (config, _) = known_run(folder), read_json(folder / 'config.json')
   write_json(
     folder / 'run.json', {**run, 'summary': {**run['summary'], **found}, 'evaluated': now, 'notices': list(told)}
   )
-  write_json(folder / 'config.json', {**config, 'eval': dict(settings)})
+  write_json(folder / 'config.json', {**(config or {}), 'eval': dict(settings)})
 
 
 def withdraw(folder: Path, reason: str) -> None:
   """Takes back that the arm is done."""
-  write_json(folder / 'run.json', {**read_object(folder / 'run.json'), 'status': 'diverged', 'error': reason})
+  write_json(folder / 'run.json', {**known_run(folder), 'status': 'diverged', 'error': reason})
   (folder / 'DONE').unlink()

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from slm_jax import config as configs
-from slm_jax import distributed, energy, evaluate, metrics, notices, observe, perf, pipeline, sharding
+from slm_jax import distributed, energy, evaluate, memory, metrics, notices, observe, perf, pipeline, sharding
 from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
@@ -118,6 +118,7 @@ def inputs(config: Config, workdir: Path) -> tuple[Dataset, jax.sharding.Mesh]:
 def prepare(config: Config, workdir: Path, folder: Path, mapped: bool = False) -> Job:
   """Everything up to the first step; nothing is compiled yet but the evaluation of shapes. mapped: see `assemble`."""
   began = time.perf_counter()
+  memory.check(config, jax.devices())
   dataset, mesh = inputs(config, workdir)
 
   def model(arm_id: str) -> tuple[Model, Params]:

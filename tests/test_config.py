@@ -187,6 +187,7 @@ def _another(config: Config, key: str, value: Any) -> Any:
     'random',
     'global',
     'mean_shift',
+    'layerwise',
     'other',
   ):
     try:

@@ -9,10 +9,13 @@ import time
 import types
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slm_jax import metrics
 from slm_jax.config import ConfigError
 from slm_jax.experiment import Config, RunConfig
+from slm_jax.files import CHECKSUM, sealed
 from slm_jax.metrics import Sink
 
 
@@ -48,9 +51,67 @@ def test_damaged_lines_are_told_and_the_others_stay(tmp_path):
   path.write_bytes(b''.join([good[0], *bad, good[1]]))
   (tmp_path / metrics.LOST).write_text('{"redone": null, "down": 3.0}')
   log, warnings = open_log(path, step=1)
-  assert (list(log.evaluated), log.seconds, log.lost) == ([0], 5.0, {'down': 3.0})
-  assert path.read_bytes() == b''.join(good)
-  assert [f'line {n} is damaged' in text for n, text in enumerate(warnings, 2)] == [True] * len(bad)
+  assert (list(log.evaluated), log.seconds, log.lost) == ([0], 5.0, {})
+  assert list(metrics.read(path)) == [json.loads(line) for line in good]
+  assert [f'line {n} is damaged' in text for n, text in enumerate(warnings[:-1], 2)] == [True] * len(bad)
+  assert 'lost.json: damaged (redone is null, expected a number)' in warnings[-1]
+
+
+@pytest.mark.parametrize(
+  'line, fault',
+  [
+    ('{"step": -1, "kind": "train"}', 'step=-1: must not be negative'),
+    ('{"step": 1.5, "kind": "train"}', 'step is 1.5, expected an integer'),
+    ('{"step": true, "kind": "train"}', 'step is true or false, expected an integer'),
+    ('{"step": 1, "kine": "train"}', 'kind is missing'),
+    ('{"step": 1, "kind": "trail"}', "kind is 'trail', expected 'train' or 'eval'"),
+    ('{"step": 1, "kind": "train", "loss": "3"}', "loss is '3', expected a number"),
+    ('{"step": 1, "kind": "train", "loss": 1e999}', 'loss is inf, expected a number'),
+    ('{"step": 1, "kind": "train", "loss": NaN}', 'not JSON (NaN is no number)'),
+    ('{"step": 1, "kind": "train", "loss": [1]}', 'loss is a list, expected a number'),
+    ('{"step": 1, "kind": "eval", "mosc": 1.0}', 'loss is missing'),
+    ('[' * 10000, 'not JSON'),
+  ],
+)
+def test_keys_and_types_of_a_line_are_checked(line, fault):
+  """Also those of an earlier version, which have no checksum."""
+  assert metrics.parse(line)[0] == {}
+  assert fault in metrics.parse(line)[1]
+
+
+NUMBERS = st.none() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.integers(0, 2**31 - 1), st.sampled_from(['train', 'eval']), st.dictionaries(st.text(), NUMBERS))
+def test_a_line_is_read_as_it_was_written(step, kind, values):
+  record = {**values, 'loss': 1.5, 'step': step, 'kind': kind}
+  record.pop(CHECKSUM, None)
+  assert metrics.parse(json.dumps(sealed(record))) == (record, '')
+
+
+@given(st.data())
+def test_one_flipped_bit_is_found_wherever_it_is(data):
+  """2.2410 for 3.2410 is one bit."""
+  record = {'step': 40, 'kind': 'eval', 'loss': 3.2410, 'tokens': 5120.0, 'seconds': 1.25, 'mfu': None}
+  raw = bytearray(json.dumps(sealed(record)).encode())
+  bit = data.draw(st.integers(0, 8 * len(raw) - 1))
+  raw[bit // 8] ^= 1 << bit % 8
+  found, fault = metrics.parse(raw.decode(errors='replace'))
+  assert found in ({}, record)  # a space may have become another white space
+  assert bool(fault) == (found == {})
+
+
+def test_a_restart_gives_older_lines_their_checksum(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 0, "kind": "eval", "loss": 3.241}\n')
+  log, warnings = open_log(path, step=1)
+  log.close()
+  assert warnings == []
+  assert list(metrics.read(path)) == [{'step': 0, 'kind': 'eval', 'loss': 3.241}]
+  path.write_text(path.read_text().replace('3.241', '2.241'))
+  told = []
+  assert list(metrics.read(path, told.append)) == []
+  assert told == [f'{path}: line 1 is damaged (its checksum is wrong, so some of it was changed), and left out']
 
 
 def test_what_is_not_a_number_is_null(tmp_path):

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
   [
     'slm_jax.config',
+    'slm_jax.conditions',
+    'slm_jax.ranges',
+    'slm_jax.schema',
     'slm_jax.commands',
     'slm_jax.files',
     'slm_jax.preempt',
@@ -33,6 +36,7 @@ FLOORS = [
   ['slm_jax.ema', 'slm_jax.distill', 'slm_jax.prune'],
   [
     'slm_jax.experiment',
+    'slm_jax.memory',
     'slm_jax.metrics',
     'slm_jax.checkpoint',
     'slm_jax.ledger',
@@ -40,8 +44,9 @@ FLOORS = [
     'slm_jax.evaluate',
     'slm_jax.record',
     'slm_jax.pipeline',
+    'slm_jax.run_files',
   ],
-  ['slm_jax.train'],
+  ['slm_jax.train', 'slm_jax.reevaluate'],
   ['slm_jax.ablate'],
   ['launch'],
   ['experiments'],

@@ -124,7 +124,8 @@ def test_a_damaged_record_of_a_parent_shows_before_the_training(family, tmp_path
   record = tmp_path / 'arms/teacher/run.json'
   record.write_text(record.read_text()[:300])
   assert train.run(arms['distilled'], tmp_path, 'distilled') == EXIT_FAILED
-  assert f'{record}: damaged; remove {record.parent}/DONE, and launch again' in caplog.text
+  assert f'{record}: damaged (not JSON' in caplog.text
+  assert f'; remove {record.parent}/DONE and launch again' in caplog.text
   assert not (tmp_path / 'arms/distilled/metrics.jsonl').exists()
 
 

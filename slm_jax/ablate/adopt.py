@@ -14,7 +14,7 @@ from typing import Any
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.config import ConfigError, identity, to_dict
-from slm_jax.files import read_object, write_json
+from slm_jax.files import read_json, write_json
 
 FIRST = 'format_1.json'  # in an adopted folder: the id and the configuration that format 1 recorded
 
@@ -31,7 +31,7 @@ def find_adoptable(workdir: Path, arms: Sequence[Arm]) -> dict[str, str]:
   found: dict[str, str] = {}
   new_ids = {}  # by the old ones
   for arm in arms:
-    if old := read_object(workdirs.folder(workdir, arm.arm_id) / FIRST).get('arm_id'):
+    if old := _read(workdirs.folder(workdir, arm.arm_id) / FIRST).get('arm_id'):
       new_ids[old] = arm.arm_id  # a launch that was killed meanwhile had come so far
   for arm in wanted:
     alike = recorded.get(_seeds(to_dict(arm.config)), {})
@@ -55,10 +55,15 @@ def adopt(workdir: Path, arms: Iterable[Arm], found: Mapping[str, str]) -> None:
     folder = workdirs.folder(workdir, old)
     with workdirs.writing(workdir):
       if not (folder / FIRST).exists():
-        write_json(folder / FIRST, {'arm_id': old, 'config': read_object(folder / 'config.json')})
-      evaluated = read_object(folder / FIRST)['config'].get('eval')  # as it was: the launch evaluates the arm again
+        write_json(folder / FIRST, {'arm_id': old, 'config': _read(folder / 'config.json')})
+      evaluated = _read(folder / FIRST)['config'].get('eval')  # as it was: the launch evaluates the arm again
       write_json(folder / 'config.json', {**to_dict(by_id[new].config), 'eval': evaluated})
       os.rename(folder, workdirs.folder(workdir, new))
+
+
+def _read(path: Path) -> dict[str, Any]:
+  """Empty if the file is not there, or damaged."""
+  return read_json(path)[0] or {}
 
 
 def _rename_in_experiment(workdir: Path, new_ids: Mapping[str, str]) -> None:
@@ -81,8 +86,8 @@ def _recorded(workdir: Path, known: set[str]) -> dict[Any, dict[str, Mapping[str
   found: dict[Any, dict[str, Mapping[str, Any]]] = {}
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     folder = path.parent
-    if folder.name not in known and read_object(folder / 'run.json').get('format', 1) == 1:
-      settings = read_object(folder / FIRST).get('config') or read_object(path)
+    if folder.name not in known and _read(folder / 'run.json').get('format', 1) == 1:
+      settings = _read(folder / FIRST).get('config') or _read(path)
       found.setdefault(_seeds(settings), {})[folder.name] = settings
   return found
 

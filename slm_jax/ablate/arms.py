@@ -117,9 +117,9 @@ def changes_of(
   sweep_name: 'a' for `sweep_a`, 'a,b' for the product of two, 'none' for the base alone. Not given: `sweep()` if there
   is one, else the only sweep; a file without sweeps has one arm, its base.
   seeds: repeats all of it with so many seeds, if positive.
-  limit: more arms than that are a ConfigError, raised before they are made.
+  limit: more arms than that are a ConfigError, raised before they are made; so are more than `sweeps.LARGEST`.
   """
-  known = sweeps_of(module)
+  limit, known = min(limit, sweeps.LARGEST), sweeps_of(module)
   if not sweep_name:
     require(
       'sweep' in known or len(known) < 2, f'--sweep: name one or more of {", ".join(known)}; or none for the base alone'
@@ -132,19 +132,21 @@ def changes_of(
   if seeds:
     own = next((key for part in parts for change in part for key in SEEDS if key in change), None)
     require(own is None, f'--seeds={seeds}: the sweep sets {own} itself')
-    parts.append(list(sweeps.seeds(seeds)))
-  n = math.prod(map(len, parts))
-  require(n <= limit, f'sweep {sweep_name!r}: {n:,} arms; --yes if so many are meant')
-  return list(sweeps.product(*parts))
+  n = math.prod(map(len, parts)) * (seeds or 1)
+  require(n <= limit, f'sweep {sweep_name!r}: {n:,} arms{_hint(limit)}')
+  return list(sweeps.product(*parts, *([sweeps.seeds(seeds)] if seeds else [])))
+
+
+def _hint(limit: float) -> str:
+  return '; --yes if so many are meant' if limit < sweeps.LARGEST else f'; at most {sweeps.LARGEST:,} can be held'
 
 
 def _yielded(name: str, function: Callable[..., Iterable[Changes]], base: 'Config', limit: float) -> list[Changes]:
   yielded = function(base) if wants_base(function) else function()
   require(isinstance(yielded, Iterable), f'sweep {name!r}: gives {yielded!r}, not dicts of {{"dotted.key": value}}')
-  found = iter(yielded)
-  changes = list(found if limit == math.inf else itertools.islice(found, int(limit) + 1))
+  changes = list(itertools.islice(yielded, int(limit) + 1))
   require(len(changes) > 0, f'sweep {name!r}: yields no arms')
-  require(len(changes) <= limit, f'sweep {name!r}: more than {limit:,} arms; --yes if so many are meant')
+  require(len(changes) <= limit, f'sweep {name!r}: more than {limit:,} arms{_hint(limit)}')
   for change in changes:
     require(isinstance(change, Mapping), f'sweep {name!r}: yields {change!r}, expected {{"dotted.key": value}}')
   return changes

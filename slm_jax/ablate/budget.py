@@ -21,7 +21,8 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
 from slm_jax.ablate.table import short
 from slm_jax.config import ConfigError
-from slm_jax.files import read_object
+from slm_jax.files import warn_once
+from slm_jax.run_files import read_run
 
 
 class Amount(NamedTuple):
@@ -123,10 +124,12 @@ def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Am
   Steps that were lost with a process and taken again cost time and money; model FLOPs are those of steps that count.
   """
   folder = workdirs.folder(workdir, arm.arm_id)
-  run = read_object(folder / 'run.json')
+  run, fault = read_run(folder)
+  if fault:
+    warn_once(f'{folder / "run.json"}: damaged ({fault}); what this arm used is read from its log, without dollars')
   used = run.get('summary') or next(iter(collections.deque(metrics.read(folder / 'metrics.jsonl'), maxlen=1)), {})
   besides = lost(workdir, arm)
-  if 'seconds_redone' in used:  # it is done
+  if used.get('seconds_redone') is not None:  # it is done
     besides = used['seconds_redone'] + (used.get('seconds_start') or 0.0)
   hours, flops, dollars = ((used.get('seconds') or 0.0) + besides) / 3600, used.get('flops'), used.get('dollars')
   if flops is None:
@@ -141,8 +144,11 @@ def spent(workdir: Path, arm: Arm, flops_per_step: Callable[[Arm], float]) -> Am
 
 def lost(workdir: Path, arm: Arm) -> float:
   """Seconds that brought an arm, which is not done, no further: of steps that it takes again, and of starts."""
-  found = read_object(workdirs.folder(workdir, arm.arm_id) / metrics.LOST)
-  return sum(found.get(name) or 0.0 for name in ('redone', 'start'))
+  path = workdirs.folder(workdir, arm.arm_id) / metrics.LOST
+  seconds, fault = metrics.read_lost(path)
+  if fault:
+    warn_once(f'{path}: damaged ({fault}), and left out: seconds that were lost are not counted')
+  return sum(seconds.get(name) or 0.0 for name in ('redone', 'start'))
 
 
 def admission(

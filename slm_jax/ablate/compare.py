@@ -59,7 +59,7 @@ def publish(a: Path, b: Path, everything: bool = False) -> str:
   with workdirs.writing(b):
     write_text(path, html(a, b, found, settings, ours))
   parts = [_text(a, b, found), *_settings_text(settings), *(f'only in {w}: {n}' for w, n in unmatched(a, b, ours))]
-  return '\n'.join([*parts, '', str(path)])
+  return '\n'.join([*parts, *(results.faults([*ours[0], *ours[1]])), '', str(path)])
 
 
 def pairs(a: Sequence[Row], b: Sequence[Row]) -> list[Pair]:
@@ -97,6 +97,8 @@ def differing_settings(found: Sequence[Pair], names: Mapping[str, str]) -> Setti
   arms: dict[tuple[str, str, str], list[str]] = {}
   for pair in found:
     before, after = (of[0].config for of in pair.rows)
+    if not (before and after):  # one of them is damaged
+      continue
     for key in dict.fromkeys([*before, *after]):
       if before.get(key) == after.get(key):
         continue

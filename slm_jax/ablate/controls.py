@@ -56,8 +56,8 @@ def used(unit: str, row: Row, points: Sequence[Point]) -> list[float]:
     return [point.tokens for point in points]
   if unit == 'bytes':
     return [math.nan if point.bytes is None else point.bytes for point in points]
-  before = row.summary.get('parent_flops', math.nan) if unit == 'pipeline' else 0.0
-  return [math.nan if point.flops is None else before + point.flops for point in points]
+  before = row.summary.get('parent_flops') if unit == 'pipeline' else 0.0
+  return [math.nan if before is None or point.flops is None else before + point.flops for point in points]
 
 
 def read_off(xs: Sequence[float], losses: Sequence[float], budget: float) -> float | None:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm_jax import chips, metrics, perf, sharding, train
+from slm_jax import chips, metrics, perf, schema, sharding, train
 from slm_jax import config as configs
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm
@@ -34,7 +34,7 @@ from slm_jax.data.store import Store
 from slm_jax.data.tokenizer import Bytes, Tokenizer
 from slm_jax.data.valid import Packed
 from slm_jax.experiment import Config, EvalConfig, InitConfig
-from slm_jax.files import write_json
+from slm_jax.files import read_json, write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Model, Params
 from slm_jax.preempt import Preemption
@@ -110,17 +110,18 @@ def machine() -> str:
 
 def known(workdir: Path) -> dict[str, Pace]:
   """`{shape key: Pace}` measured on this machine before."""
-  try:
-    return {key: Pace(**entry) for key, entry in _read(workdir).get(machine(), {}).items()}
-  except (TypeError, AttributeError):  # of another version: measure anew
-    return {}
+  here = _read(workdir).get(machine(), {})
+  # What is of another version is measured anew.
+  return {key: Pace(**entry) for key, entry in here.items() if _is_pace(entry)}
 
 
-def _read(workdir: Path) -> dict[str, Any]:
-  try:
-    return json.loads((workdir / 'cache' / 'measured.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
+def _is_pace(entry: Any) -> bool:
+  return not schema.fault(entry, Pace) and entry.keys() == set(Pace._fields) and min(entry.values()) >= 0
+
+
+def _read(workdir: Path) -> dict[str, dict[str, dict[str, Any]]]:
+  """`{machine: {shape key: the fields of a Pace}}`."""
+  return read_json(workdir / 'cache' / 'measured.json', dict[str, dict[str, Any]])[0] or {}
 
 
 def measure_all(arms: Iterable[Arm], everyone: Mapping[str, Arm], workdir: Path) -> dict[str, Pace]:

@@ -108,7 +108,12 @@ def environment(rows: Iterable[Row]) -> list[tuple[str, list[str]]]:
 
   found = [
     ('Code', tally(code(run['git']) for run in runs if 'git' in run)),
-    ('Device', tally(f'{run["devices"]} × {said(run["device_kind"])}' for run in runs if 'device_kind' in run)),
+    (
+      'Device',
+      tally(
+        f'{run["devices"]} × {said(run["device_kind"])}' for run in runs if {'devices', 'device_kind'} <= run.keys()
+      ),
+    ),
     ('Machine', tally(said(run['machine']) for run in runs if 'machine' in run)),
     ('Python', tally(said(run['python']) for run in runs if 'python' in run)),
     ('Packages', tally(', '.join(f'{k} {v}' for k, v in run['packages'].items()) for run in runs if 'packages' in run)),

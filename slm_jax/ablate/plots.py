@@ -314,6 +314,7 @@ def differences(ax: 'Axes', names: Sequence[str], values: Sequence[stats.Interva
 
 def plain(name: str) -> str:
   """A name as a label of at most three short lines."""
+  name = name.encode(errors='replace').decode()  # half of a surrogate pair ends the drawing
   return '\n'.join(textwrap.wrap(name, 26, max_lines=3, placeholder='…'))
 
 

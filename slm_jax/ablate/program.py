@@ -6,10 +6,7 @@
 `frozen` is never mapped, so a teacher's forward pass runs once for all students that see the same batch.
 """
 
-import contextlib
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -17,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slm_jax import memory
 from slm_jax.step import TrainState
 
 if TYPE_CHECKING:  # a step is compiled without what its data are read with
@@ -127,9 +125,9 @@ def stacked(abstract: TrainState, shape: tuple[int, int]) -> TrainState:
 
 def bytes_needed(step: Any) -> int:
   """Of a compiled program, its arguments included, by the compiler's own account."""
-  memory = step.memory_analysis()
-  needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return needed - memory.alias_size_in_bytes
+  sizes = step.memory_analysis()
+  needed = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+  return needed - sizes.alias_size_in_bytes
 
 
 def _without_step(state: TrainState) -> Any:
@@ -148,7 +146,4 @@ def memory_limit() -> float:
   stats = jax.devices()[0].memory_stats() or {}
   if 'bytes_limit' in stats:
     return 0.9 * stats['bytes_limit']
-  with contextlib.suppress(OSError):
-    lines = Path('/proc/meminfo').read_text().splitlines()
-    return 0.8 * next(1024.0 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
-  return math.inf
+  return 0.8 * memory.meminfo('MemAvailable')

@@ -15,7 +15,7 @@ from slm_jax.files import write_text
 
 def latest(workdir: Path) -> list[Row]:
   """The rows of the latest launch, parents first."""
-  experiment = workdirs.read_experiment(workdir)
+  experiment = workdirs.known_experiment(workdir)
   return rows_of(results.read(workdir), experiment.latest) if experiment else results.read(workdir)
 
 
@@ -39,15 +39,15 @@ def pages_of(workdir: Path, experiment: Experiment) -> list[Path]:
 
 def summary(workdir: Path) -> str:
   """The tables and the answer of the latest launch, as text, and where its report is."""
-  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
+  experiment = workdirs.known_experiment(workdir) or Experiment(workdir.name)
   rows = latest(workdir)
   lines = table.lines(rows, experiment.latest.baseline, results.curves(workdir, rows))
   return f'{_text(experiment.latest, lines)}\n\n{_shown_path(workdir, experiment.latest)}'
 
 
 def _text(launch: Launch, lines: Sequence[Line]) -> str:
-  answer = str(sections.answer_of(launch))
-  return f'{table.text(lines)}\n\n{answer}' if answer else table.text(lines)
+  faults = '\n'.join(results.faults(row for line in lines for row in line.rows))
+  return '\n\n'.join(filter(None, [table.text(lines), faults, str(sections.answer_of(launch))]))
 
 
 def publish(workdir: Path, everything: bool = False) -> str:
@@ -56,7 +56,7 @@ def publish(workdir: Path, everything: bool = False) -> str:
   reports/KEY.html is the launch's own page, with plots/KEY/; report.html is that of the latest whole sweep, and
   index.html lists all.
   """
-  experiment = workdirs.read_experiment(workdir) or Experiment(workdir.name)
+  experiment = workdirs.known_experiment(workdir) or Experiment(workdir.name)
   launch = experiment.latest._replace(key='all', claims=(), answer='') if everything else experiment.latest
   with workdirs.writing(workdir):
     rows = results.read(workdir)

@@ -14,12 +14,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import logging
-
-from slm_jax import metrics
+from slm_jax import metrics, run_files
 from slm_jax.ablate import workdir as workdirs
-from slm_jax.config import ConfigError, flatten, require, to_install
-from slm_jax.files import read_object, write_text
+from slm_jax.config import ConfigError, to_install
+from slm_jax.files import warn_once, write_text
 
 if TYPE_CHECKING:
   import pandas
@@ -38,10 +36,12 @@ class Row(NamedTuple):
   arm_id: str
   name: str
   group: str  # shared by the repetitions over seeds, see `arms.Arm`
-  status: str  # done, failed, diverged, preempted, running; missing: never started; blocked: a parent is not done
+  # done, failed, diverged, preempted, running; missing: never started; blocked: a parent is not done; damaged: a file
+  # cannot be trusted, and no number of this arm is shown
+  status: str
   config: Mapping[str, Any]  # flat
   summary: Mapping[str, Any]  # final metrics; empty unless done
-  run: Mapping[str, Any]  # run.json: versions, hardware, times, error
+  run: Mapping[str, Any]  # run.json: versions, hardware, times, error; of a damaged arm, what is wrong as the error
   parents: tuple[str, ...] = ()  # arm ids
   diff: Mapping[str, Sequence[Any]] = {}  # against the base: {dotted key: (there, here)}
   command: str = ''
@@ -96,8 +96,8 @@ class Point(NamedTuple):
 
 
 def read(workdir: Path) -> list[Row]:
-  """Every arm of the workdir, in the order of their first launch."""
-  experiment = workdirs.read_experiment(workdir)
+  """Every arm of the workdir, in the order of their first launch. A damaged experiment.json is told, and left out."""
+  experiment = workdirs.known_experiment(workdir)
   entries = dict(experiment.arms) if experiment else {}
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     entries.setdefault(path.parent.name, {})
@@ -111,25 +111,34 @@ def read(workdir: Path) -> list[Row]:
 
 def _row(workdir: Path, arm_id: str, entry: Mapping[str, Any]) -> Row:
   folder = workdirs.folder(workdir, arm_id)
-  config, run = flatten(read_object(folder / 'config.json')), read_object(folder / 'run.json')
-  written, path = run.get('format', 1), folder / 'run.json'
-  require(
-    isinstance(written, int) and written <= metrics.FORMAT,
-    f'{path}: format {written}, written by a newer version (this one knows {metrics.FORMAT})',
-  )
-  done, status = (folder / 'DONE').exists(), run.get('status', 'missing')
+  config, of_config = run_files.read_config(folder)
+  run, of_run = run_files.read_run(folder)
+  done = (folder / 'DONE').exists()
+  fault, status = damage(folder, of_config, of_run, done), run.get('status', 'missing')
   return Row(
     arm_id=arm_id,
     name=entry.get('name') or config.get('name') or arm_id,
     group=entry.get('group', arm_id),
-    status='done' if done else {'nan': 'diverged'}.get(status, status),
+    status='damaged' if fault else 'done' if done else {'nan': 'diverged'}.get(status, status),
     config=config,
-    summary=run.get('summary', {}) if done else {},
-    run=run,
+    summary=run.get('summary', {}) if done and not fault else {},
+    run={**run, 'error': fault} if fault else run,
     parents=tuple(entry.get('parents', ())),
     diff=entry.get('diff', {}),
     command=entry.get('command', ''),
   )
+
+
+def damage(folder: Path, of_config: str, of_run: str, done: bool) -> str:
+  """What is wrong with the files of an arm, and what mends it; '' if nothing is."""
+  if of_run:
+    return f'{folder / "run.json"}: {of_run}; ' + (run_files.mend(folder) if done else 'launch again')
+  return f'{folder / "config.json"}: {of_config}; launch again, which writes it anew' if of_config else ''
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+  """A line for each arm that no table shows, since a file of it is damaged."""
+  return [f'damaged, and left out: {row.name}: {row.run["error"]}' for row in rows if row.status == 'damaged']
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -213,7 +222,7 @@ def _cell(value: Any) -> Any:
 
 def lines(workdir: Path, row: Row) -> list[dict[str, Any]]:
   """All lines of an arm's metrics.jsonl but damaged ones."""
-  return list(metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', logging.warning))
+  return list(metrics.read(workdirs.folder(workdir, row.arm_id) / 'metrics.jsonl', warn_once))
 
 
 def curve(workdir: Path, row: Row) -> list[Point]:
@@ -221,8 +230,9 @@ def curve(workdir: Path, row: Row) -> list[Point]:
 
   FLOPs (known at its end) are spread over its steps; a teacher's part is in them. Bytes are spread over its tokens.
   """
-  steps, tokens, flops, n_bytes = (row.summary.get(key) or math.nan for key in ('steps', 'tokens', 'flops', 'bytes'))
-  lined = [line for line in lines(workdir, row) if line['kind'] == 'eval']
+  tokens, flops, n_bytes = (row.summary.get(key) or math.nan for key in ('tokens', 'flops', 'bytes'))
+  steps = row.config.get('train.steps') or math.nan
+  lined = [line for line in lines(workdir, row) if line['kind'] == 'eval' and line.get('tokens') is not None]
   evaluated = row.summary.get('tokens_evaluated') or (lined[-1].get('tokens_evaluated') if lined else None)
   return [
     Point(
@@ -268,12 +278,11 @@ def training_curves(workdir: Path, rows: Iterable[Row]) -> dict[str, list[Point]
 
 def samples(workdir: Path, row: Row) -> list[tuple[str, str]]:
   """`[(prompt, continuation)]` written at the end of the run."""
-  path = workdirs.folder(workdir, row.arm_id) / 'samples.json'
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return [(str(sample['prompt']), str(sample['text'])) for sample in found]
-  except (OSError, ValueError, TypeError, KeyError):
-    return []
+  folder = workdirs.folder(workdir, row.arm_id)
+  found, fault = run_files.read_samples(folder)
+  if fault:
+    warn_once(f'{folder / "samples.json"}: damaged ({fault}), and left out')
+  return [(sample['prompt'], sample['text']) for sample in found]
 
 
 def table(workdir: Path) -> 'pandas.DataFrame':

@@ -21,7 +21,7 @@ from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import wants_base
 from slm_jax.ablate.sweep import Changes
 from slm_jax.config import ConfigError, require, to_install
-from slm_jax.files import read_object
+from slm_jax.run_files import read_run
 
 if TYPE_CHECKING:
   from slm_jax.experiment import Config
@@ -61,7 +61,7 @@ def outcome(workdir: Path, arm_id: str) -> float | None:
 
   Bits per byte order trials of one tokenizer as their losses do, and compare trials of several.
   """
-  run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
+  run, _ = read_run(workdirs.folder(workdir, arm_id))
   if workdirs.is_done(workdir, arm_id) and 'summary' in run:
     return float(run['summary']['bits_per_byte'])
   return math.inf if run.get('status') in ('diverged', 'nan') else None  # nan: of format 1
@@ -69,7 +69,7 @@ def outcome(workdir: Path, arm_id: str) -> float | None:
 
 def check_comparable(workdir: Path, arm_ids: Iterable[str]) -> None:
   """ConfigError if trials that are done were evaluated on different text: their losses rank nothing."""
-  runs = [read_object(workdirs.folder(workdir, arm_id) / 'run.json') for arm_id in arm_ids]
+  runs = [read_run(workdirs.folder(workdir, arm_id))[0] for arm_id in arm_ids]
   texts = {run['summary'].get('held_out') for run in runs if 'summary' in run}
   require(len(texts) < 2, 'search(trial): trials are evaluated on different held-out text, so that none is the best')
 

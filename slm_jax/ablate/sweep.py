@@ -12,6 +12,7 @@ sample      a few elements of a sweep, or a few points of a space:
 
 import itertools
 import math
+import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,23 +23,27 @@ Changes = Mapping[str, Any]
 Quantile = Callable[[float], Any]  # a distribution, as the function from [0, 1) to its values
 
 SEEDS = ('seed', 'data.seed')  # the keys in which repetitions of one arm differ
+LARGEST = 1_000_000  # elements of a sweep that are in memory at once: an arm takes some kilobytes
 
 
 def seeds(n: int, first: int = 0) -> Iterator[Changes]:
   """n repetitions: other initial parameters and another order of the data in each; equal seeds make arms paired."""
+  require(isinstance(n, numbers.Integral), f'seeds: n={n!r}: expected int')
+  require(first >= 0, f'seeds: first={first}: must not be negative')
+  require(first + n <= 2**32, f'seeds: n={n}, first={first}: seeds must lie in [0, 2^32)')
   for seed in range(first, first + n):
     yield dict.fromkeys(SEEDS, seed)
 
 
 def product(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
   """Every combination of one element of each sweep, the last one varying fastest. ConfigError if two set one key."""
-  for parts in itertools.product(*sweeps):
+  for parts in itertools.product(*(listed(sweep, 'product of sweeps') for sweep in sweeps)):
     yield _merged(parts, 'product of sweeps')
 
 
 def zipped(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
   """The first elements together, the second ones together, ... ConfigError if the lengths differ or two set one key."""
-  lists = [list(sweep) for sweep in sweeps]
+  lists = [listed(sweep, 'zipped sweeps') for sweep in sweeps]
   lengths = [len(sweep) for sweep in lists]
   require(len(set(lengths)) < 2, f'zipped sweeps: of {", ".join(map(str, lengths))} elements; they must be as many')
   for parts in zip(*lists, strict=True):
@@ -48,6 +53,13 @@ def zipped(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
 def chain(*sweeps: Iterable[Changes]) -> Iterator[Changes]:
   """The elements of the first sweep, then those of the second, ..."""
   return itertools.chain(*sweeps)
+
+
+def listed(sweep: Iterable[Changes], what: str) -> list[Changes]:
+  """The elements of a sweep. ConfigError if they are more than `LARGEST`, before memory ends."""
+  found = list(itertools.islice(sweep, LARGEST + 1))
+  require(len(found) <= LARGEST, f'{what}: more than {LARGEST:,} elements')
+  return found
 
 
 def _merged(parts: Sequence[Changes], what: str) -> Changes:
@@ -70,6 +82,7 @@ def sample(source: Iterable[Changes] | Mapping[str, Quantile], k: int, seed: int
   key, and the order of the keys is of no matter: arms that have been run stay arms of the sweep.
   ConfigError if a sweep has fewer than k elements.
   """
+  require(isinstance(k, numbers.Integral), f'sample: k={k!r}: expected int')
   require(k > 0, f'sample: k={k}: must be positive')
   if isinstance(source, Mapping):
     for key, value in source.items():
@@ -77,7 +90,7 @@ def sample(source: Iterable[Changes] | Mapping[str, Quantile], k: int, seed: int
     for i in range(k):
       yield {key: quantile(random.Random(f'{seed}/{i}/{key}').random()) for key, quantile in source.items()}
     return
-  elements = list(source)
+  elements = listed(source, 'sample')
   require(k <= len(elements), f'sample: k={k}: the sweep has only {len(elements)} elements')
   order = sorted(range(len(elements)), key=lambda i: random.Random(f'{seed}/{i}').random())
   for i in sorted(order[:k]):

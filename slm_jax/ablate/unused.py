@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from slm_jax.ablate.sweep import Changes
-from slm_jax.config import Conditional, ConfigError, conditional
+from slm_jax.conditions import Conditional, conditional
+from slm_jax.config import ConfigError
 
 if TYPE_CHECKING:
   from slm_jax.ablate.arms import Arm

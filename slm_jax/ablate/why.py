@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import Arm, shown
 from slm_jax.config import ConfigError, flatten, require, to_dict
-from slm_jax.files import read_object
 from slm_jax.revision import source
+from slm_jax.run_files import read_config, read_run
 
 LISTED = 5  # arms that are named in a message
 
@@ -63,7 +63,7 @@ def _known(arms: Iterable[Arm], workdir: Path) -> dict[str, Known]:
     left_out |= flatten(arm.config).keys() - settings.keys()
   for path in sorted((workdir / 'arms').glob('*/config.json')):
     if path.parent.name not in known:
-      settings = flatten(read_object(path))
+      settings, _ = read_config(path.parent)
       title = f'{settings.get("name") or "no name"}, seed {settings.get("seed")}, of an earlier launch'
       known[path.parent.name] = Known(title, {k: v for k, v in settings.items() if k not in left_out})
   return known
@@ -88,7 +88,7 @@ def made_by_other_code(arms: Iterable[Arm], workdir: Path, code: Mapping[str, st
   now = {'source': source() if done else {}, 'experiment': code}
   found = {}
   for arm_id in done:
-    run = read_object(workdirs.folder(workdir, arm_id) / 'run.json')
+    run, _ = read_run(workdirs.folder(workdir, arm_id))
     changed = {name for part in now for name in _changed(run.get(part), now[part])}
     if changed:
       found[arm_id] = changed
@@ -108,7 +108,7 @@ def made_with_other_settings(arms: Iterable[Arm], workdir: Path) -> dict[str, li
   """
   found = {}
   for arm in arms:
-    recorded = flatten(read_object(workdirs.folder(workdir, arm.arm_id) / 'config.json'))
+    recorded, _ = read_config(workdirs.folder(workdir, arm.arm_id))
     settings = flatten(to_dict(arm.config, semantic_only=True)) if recorded else {}
     differ = [key for key in settings if key in recorded and recorded[key] != settings[key]]
     if differ:

@@ -8,25 +8,28 @@ reports/<key>.html    a report for every launch; index.html lists them, report.h
 plots/<key>/          its plots as files
 results.csv           every arm
 lock                  held by the launch at work here; each arm's folder has one too
+.experiment.lock      held for the moment in which experiment.json is changed
 """
 
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import socket
+import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict
 
-from slm_jax import revision
+from slm_jax import revision, schema
 from slm_jax.config import ConfigError, require, to_dict
-from slm_jax.files import read_object, write_bytes, write_json
+from slm_jax.files import DamagedFile, read_json, warn_once, write_bytes, write_json
+from slm_jax.run_files import read_config
 
 if TYPE_CHECKING:
   from slm_jax.experiment import EvalConfig
 
+KEY_LETTERS = set(string.ascii_lowercase + string.digits + '-')
 FORMAT = 2  # 1: an arm's id was a hash of all its settings (adopt.py)
 
 
@@ -63,6 +66,17 @@ class Experiment(NamedTuple):
     return self._replace(launches=(*others, launch))
 
 
+class _Entry(TypedDict, total=False):
+  """An arm in experiment.json."""
+
+  arm_id: Required[str]
+  name: str
+  group: str
+  parents: list[str]
+  diff: dict[str, list[Any]]
+  command: str
+
+
 def folder(workdir: Path, arm_id: str) -> Path:
   return workdir / 'arms' / arm_id
 
@@ -73,36 +87,70 @@ def is_done(workdir: Path, arm_id: str) -> bool:
 
 def is_evaluated(workdir: Path, arm_id: str, asked: 'EvalConfig') -> bool:
   """Whether an arm that is done was evaluated as is asked for now. `every` does not count: it is of the way there."""
-  recorded = read_object(folder(workdir, arm_id) / 'config.json').get('eval')
-  wanted, default = to_dict(asked), to_dict(type(asked)())
-  known = {**default, **recorded, 'every': wanted['every']} if isinstance(recorded, dict) else wanted
-  return known == wanted
+  wanted, default = ({f'eval.{k}': v for k, v in to_dict(its).items()} for its in (asked, type(asked)()))
+  config, _ = read_config(folder(workdir, arm_id))
+  recorded = {key: value for key, value in config.items() if key.startswith('eval.')}
+  return not recorded or {**default, **recorded, 'eval.every': asked.every} == wanted
 
 
 def read_experiment(workdir: Path) -> Experiment | None:
-  """What experiment.json says; None where there is none. ConfigError if it is no such file."""
+  """What experiment.json says; None where there is none. DamagedFile, or ConfigError for a newer version."""
   path = workdir / 'experiment.json'
-  if not path.exists():
+  values, fault = read_json(path)
+  if values is None and not fault:
     return None
+  values = values or {}
+  written = values.pop('format', None)
+  newer = isinstance(written, int) and written > FORMAT
+  require(not newer, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
+  fault = fault or ('' if written else 'format is missing') or schema.fault(values.get('arms'), list[_Entry], 'arms')
+  if not fault:
+    values['arms'] = {entry.pop('arm_id'): entry for entry in values['arms']}
+    values = values if written > 1 else _of_format_1(values)
+    fault = _fault(values)
+  if fault:
+    raise DamagedFile(f'{path}: damaged ({fault}); move it away and launch again: the arms and their results stay')
+  return Experiment(values['name'], tuple(map(_launch, values.get('launches', ()))), values['arms'])
+
+
+def _fault(values: Mapping[str, Any]) -> str:
+  """Says what is wrong with the entries of experiment.json; '' if nothing is."""
+  unknown = sorted(values.keys() - set(Experiment._fields))
+  if unknown or 'name' not in values:
+    return f'{unknown[0]}: unknown' if unknown else 'name is missing'
+  if fault := schema.fault(dict(values), Experiment):
+    return fault
+  arms, launches = values['arms'], values.get('launches', ())
+  unknown = sorted({key for launch in launches for key in launch} - set(Launch._fields))
+  strange = [arm_id for arm_id in arms if arm_id in ('', '.', '..') or not arm_id.isprintable() or '/' in arm_id]
+  lost = [arm_id for launch in launches for arm_id in launch.get('arms', ()) if arm_id not in arms]
+  odd = [key for entry in arms.values() for key, pair in entry.get('diff', {}).items() if len(pair) != 2]
+  keys = [launch.get('key', '') for launch in launches]
+  faults = [f'launches: {key}: unknown' for key in unknown[:1]] + [
+    f'{key!r} is no key of a launch' for key in keys if not key or not set(key) <= KEY_LETTERS
+  ]
+  faults += [f'{arm_id!r} is no id of an arm' for arm_id in strange[:1] + lost[:1]]
+  return next(iter([*faults, *(f'diff.{key}: expected two values' for key in odd[:1])]), '')
+
+
+def known_experiment(workdir: Path) -> Experiment | None:
+  """`read_experiment` for who only looks: None for a damaged file, with a warning. ConfigError for a newer version."""
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-    written = values.pop('format')
-    require(written <= FORMAT, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
-    arms = {entry.pop('arm_id'): entry for entry in values['arms']}
-    launches = values['launches'] if written > 1 else [_launch_of_format_1(values)]
-    return Experiment(values['name'], tuple(map(_launch, launches)), arms)
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-    raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
+    return read_experiment(workdir)
+  except DamagedFile as error:
+    warn_once(str(error))
+    return None
 
 
 def _launch(values: Mapping[str, Any]) -> Launch:
-  return Launch(**{**values, 'arms': tuple(values['arms']), 'claims': tuple(values['claims'])})
+  return Launch(**{**values, 'arms': tuple(values.get('arms', ())), 'claims': tuple(values.get('claims', ()))})
 
 
-def _launch_of_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Format 1 kept the latest launch only."""
-  known = {name: values[name] for name in ('question', 'baseline', 'answer')}
-  return {**Launch('format-1')._asdict(), **known, 'arms': values['latest']}
+def _of_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The entries of a file of format 1, which knew the latest launch only."""
+  launch = {'key': 'format-1'} | {key: values[key] for key in ('question', 'baseline', 'answer') if key in values}
+  rest = {key: value for key, value in values.items() if key not in ('question', 'baseline', 'answer', 'latest')}
+  return {**rest, 'launches': [{**launch, 'arms': values.get('latest', [])}]}
 
 
 def write_experiment(workdir: Path, experiment: Experiment) -> None:
@@ -169,6 +217,20 @@ def lock(where: Path) -> Iterator[None]:
     file.write(f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
     file.flush()
     yield
+
+
+@contextlib.contextmanager
+def recording(workdir: Path) -> Iterator[None]:
+  """Holds experiment.json while it is read, changed and written. Others wait, for it takes a moment.
+
+  Workers that start together all want their arms to be in it; `lock`, which a launch holds to its end, would refuse
+  all but one of them.
+  """
+  with writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / '.experiment.lock', 'a', encoding='utf-8') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      yield
 
 
 @contextlib.contextmanager

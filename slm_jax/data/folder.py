@@ -7,31 +7,44 @@ first rename wins, and the others use that one.
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from slm_jax.files import disk_errors, write_json
+from slm_jax.files import DamagedFile, disk_errors, read_json, write_json
 
 MANIFEST = 'manifest.json'
 
 
-def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:
+class _File(TypedDict):
+  size: int
+  sha256: str
+
+
+class Manifest(TypedDict):
+  """What every manifest has; what its builder says beside it is a class below this one."""
+
+  files: dict[str, _File]
+
+
+def open_or_build(
+  folder: Path, build: Callable[[Path], dict[str, Any]], log: Callable[[str], None], kind: Any = Manifest
+) -> dict[str, Any]:
   """The manifest of `folder`, which is built first if it is missing or damaged.
 
   build: writes files into the folder that it is given; what it returns (JSON) goes into the manifest. Files that no
     manifest entry stands for are not looked at.
+  kind: what its manifest must be, see schema.py.
   The manifest of a folder that was damaged, and is built again, says so (`rebuilt`).
   ConfigError if the disk is full; then nothing of the attempt is left.
   """
-  fault = damage(folder)
+  fault = damage(folder, kind)
   if fault is None:
-    return manifest(folder)
+    return manifest(folder, kind)
   again = {}
   if folder.exists():
     log(f'{folder}: {fault}; it is built again')
@@ -45,14 +58,18 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], log: Ca
       files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
       write_json(temporary / MANIFEST, {**facts, **again, 'files': files})
       _sync(temporary)
-      _install(temporary, folder)
+      _install(temporary, folder, kind)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  return manifest(folder)
+  return manifest(folder, kind)
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / MANIFEST).read_text())
+def manifest(folder: Path, kind: Any = Manifest) -> dict[str, Any]:
+  """The manifest of a folder that is there; DamagedFile if it cannot be trusted."""
+  found, fault = read_json(folder / MANIFEST, kind)
+  if found is None:
+    raise DamagedFile(f'{folder / MANIFEST}: {f"damaged ({fault})" if fault else "is missing"}')
+  return found
 
 
 def rebuilt(manifest: dict[str, Any]) -> str:
@@ -60,18 +77,20 @@ def rebuilt(manifest: dict[str, Any]) -> str:
   return manifest.get('rebuilt', '')
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, kind: Any = Manifest) -> str | None:
   """What is wrong with the folder; None if nothing is."""
+  found, fault = read_json(folder / MANIFEST, kind)
+  if found is None:
+    return f'{MANIFEST} cannot be read ({fault})' if fault else f'{MANIFEST} is missing'
   try:
-    files = manifest(folder)['files']
-    for name, described in files.items():
+    for name, described in found['files'].items():
       if (folder / name).stat().st_size != described['size']:
         return f'{name} is {(folder / name).stat().st_size} bytes long, expected {described["size"]}'
       if _describe(folder / name) != described:
         return f'{name} was changed (SHA-256 differs)'
   except FileNotFoundError as error:
     return f'{Path(error.filename).name} is missing'
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError) as error:
     return f'cannot be read ({type(error).__name__})'
   return None
 
@@ -81,9 +100,9 @@ def _describe(path: Path) -> dict[str, Any]:
     return {'size': path.stat().st_size, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
 
 
-def _install(temporary: Path, folder: Path) -> None:
+def _install(temporary: Path, folder: Path, kind: Any) -> None:
   """Renames `temporary` to `folder`, unless a good one has come to stand there meanwhile."""
-  while damage(folder) is not None:
+  while damage(folder, kind) is not None:
     aside = temporary.with_name(temporary.name + '.old')
     try:
       if folder.exists():

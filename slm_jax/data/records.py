@@ -84,16 +84,13 @@ def suffix_of(path: Path) -> str:
 def read(path: Path, field: str, report: Report) -> Iterator[Document]:
   """The documents of a file. ConfigError if it cannot be read; what `report` does for records that are no documents."""
   try:
-    if kind(path) == 'table':
-      yield from _table(path, field, report)
-    else:
-      with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
-        yield from _lines(file, path, field, report) if kind(path) == 'lines' else _text(file, path, report)
+    with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
+      yield from {'table': _table, 'lines': _lines, 'text': _text}[kind(path)](file, path, field, report)
   except (OSError, EOFError, zlib.error) as error:  # gzip raises each of them
     raise ConfigError(f'{path}: cannot be read: {error}') from error
 
 
-def _text(file: Any, path: Path, report: Report) -> Iterator[Document]:
+def _text(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:
   text = report.decode(file.read(), str(path))
   if text:
     yield Document(text)
@@ -120,24 +117,46 @@ def _lines(file: Any, path: Path, field: str, report: Report) -> Iterator[Docume
       yield from check(record[field], f'field {field!r}', where, report)
 
 
-def _table(path: Path, field: str, report: Report) -> Iterator[Document]:
+def _table(file: Any, path: Path, field: str, report: Report) -> Iterator[Document]:
   import pyarrow.parquet  # slow to import, and seldom needed
 
   try:
-    table = pyarrow.parquet.ParquetFile(path)
+    table = pyarrow.parquet.ParquetFile(file)  # not the path, whose name need not be UTF-8
     if field not in table.schema_arrow.names:
       raise ConfigError(f'{path}: no column data.text_field={field!r}; there is: {", ".join(table.schema_arrow.names)}')
+    if pyarrow.types.is_dictionary(table.schema_arrow.field(field).type):
+      # Otherwise Arrow makes the dictionary itself, and ends at a text that is not UTF-8.
+      table = pyarrow.parquet.ParquetFile(file, read_dictionary=[field])
     number = 0
     for batch in table.iter_batches(columns=[field]):
-      for value in batch.column(0).to_pylist():
+      for value in entries(batch.column(0)):
         number += 1
         yield from check(value, f'column {field!r}', f'{path}:{number}', report)
   except pyarrow.ArrowException as error:
     raise ConfigError(f'{path}: not a readable Parquet file: {str(error).splitlines()[0]}') from error
 
 
+def entries(column: Any) -> list[Any]:
+  """The entries of an Arrow array. Text comes as bytes: Arrow does not ask whether they are UTF-8, and Python would."""
+  import pyarrow
+
+  if pyarrow.types.is_dictionary(column.type):
+    column = column.dictionary_decode()
+  if pyarrow.types.is_string(column.type):
+    column = column.view(pyarrow.binary())
+  elif pyarrow.types.is_large_string(column.type):
+    column = column.view(pyarrow.large_binary())
+  elif pyarrow.types.is_string_view(column.type):
+    column = column.cast(pyarrow.large_binary())
+  return column.to_pylist()
+
+
 def check(value: Any, name: str, where: str, report: Report) -> Iterator[Document]:
-  """The document in a record's text field, if it is one."""
+  """The document in a record's text field, if it is one: a string, or the bytes of one."""
+  if isinstance(value, bytes):
+    value = report.decode(value, f'{where}: {name}')
+    if value is None:
+      return
   if not isinstance(value, str):
     report.skip(where, f'{name} is {"null" if value is None else type(value).__name__}, expected a string')
   elif not value:

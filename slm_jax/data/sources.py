@@ -349,8 +349,11 @@ def _hub(name: str, role: Role, config: DataConfig, key: str) -> Source:
 
   def reader(split: str) -> Callable[[Report], Iterator[Document]]:
     def read(report: Report) -> Iterator[Document]:
-      for number, row in enumerate(parts[split].select_columns([field]), 1):
-        yield from records.check(row[field], f'column {field!r}', f'{name}/{split}:{number}', report)
+      number = 0
+      for table in parts[split].select_columns([field]).with_format('arrow').iter(batch_size=1000):
+        for value in (value for chunk in table.column(field).chunks for value in records.entries(chunk)):
+          number += 1
+          yield from records.check(value, f'column {field!r}', f'{name}/{split}:{number}', report)
 
     return read
 

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -35,6 +35,41 @@ _SAID = {
   'bad': 'bad records were skipped or mended',
   'crossing': 'training documents were left out, since the valid split holds the same text',
 }
+
+
+class _Train(TypedDict):
+  documents: int
+  records: int
+  predicted: int
+  bytes: int
+  wide: bool
+
+
+class _Valid(TypedDict):
+  documents: int
+  bytes: int
+
+
+class _Splits(TypedDict, total=False):
+  train: _Train
+  valid: _Valid
+
+
+class _Places(TypedDict):
+  count: int
+  places: list[str]
+
+
+class Manifest(folder.Manifest):
+  key: dict[str, Any]
+  source: str
+  splits: _Splits
+
+
+class _OfSource(Manifest):
+  bad: _Places
+  empty: _Places
+  crossing: _Places
 
 
 class Records:
@@ -127,7 +162,7 @@ def open_store(
   }
   path = cache / f'tokens-{sources.digest(key)}'
   build = functools.partial(_build, source, config, tokenizer, held_out, key)
-  return Store(source.name, path, folder.open_or_build(path, build, log))
+  return Store(source.name, path, folder.open_or_build(path, build, log, _OfSource))
 
 
 def _build(

@@ -7,7 +7,6 @@ goes on where it was. On n machines that share FOLDER, give each its --host=i --
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 from absl import flags, logging
 
 from slm_jax import commands, notices
-from slm_jax.config import ConfigError, check, from_dict, override, require
-from slm_jax.data.config import DataConfig
+from slm_jax.config import ConfigError, check, override, require
+from slm_jax.data.config import DataConfig, of_arm
 from slm_jax.data.dataset import open_data
 from slm_jax.distill import capture
 from slm_jax.distill.records import Layout
@@ -52,6 +51,7 @@ def made(options: flags.FlagValues, changes: dict[str, str]) -> str:
   """Builds the cache; a line about it."""
   from slm_jax.checkpoint import load_model, load_tokenizer  # from a floor above
 
+  commands.check_ranges(options, seed='[0, 2^32)')
   require(0 <= options.host < options.hosts, f'--host={options.host}: allowed: 0..{options.hosts - 1}, see --hosts')
   sampled = ('method', 'sampled')
   commands.require_effect(options, {'k': ('method', 'top_k'), 'draws': sampled, 'seed': sampled})
@@ -89,7 +89,7 @@ def teacher_folder(workdir: Path, teacher: str) -> Path:
   path = expanded(teacher)
   if (path / 'model.json').exists():
     return path
-  arms = {config.parent.name: _name(config) for config in sorted(workdir.glob('arms/*/config.json'))}
+  arms = {config.parent.name: _name(config.parent) for config in sorted(workdir.glob('arms/*/config.json'))}
   found = [arm for arm, name in arms.items() if teacher in (arm, name)]
   known = ', '.join(f'{arm} ({name})' for arm, name in arms.items()) or 'none'
   require(bool(found), f'--teacher={teacher}: no such arm in {workdir}, nor a model’s folder; arms: {known}')
@@ -97,23 +97,16 @@ def teacher_folder(workdir: Path, teacher: str) -> Path:
   return workdir / 'arms' / found[0] / 'model'
 
 
-def _name(path: Path) -> str:
+def _name(folder: Path) -> str:
   try:
-    return str(json.loads(path.read_text(encoding='utf-8'))['name'])
-  except (OSError, ValueError, KeyError, TypeError):
+    return of_arm(folder)[0]
+  except ConfigError:
     return '?'
 
 
 def data_of(folder: Path, changes: dict[str, str]) -> DataConfig:
   """The data that the model was trained on, with the changes of the command line."""
-  path = folder.parent / 'config.json'
-  data = DataConfig()
-  if path.exists():
-    try:
-      data = from_dict(DataConfig, json.loads(path.read_text(encoding='utf-8'))['data'], f'{path}:data')
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
-  data = override(data, changes)
+  data = override(of_arm(folder.parent)[1] or DataConfig(), changes)
   return check(dataclasses.replace(data, content='') if changes else data, 'data')
 
 

@@ -16,7 +16,8 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from slm_jax import distributed, sharding
-from slm_jax.config import ConfigError, Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import ConfigError, require, setting
 from slm_jax.data import packing
 from slm_jax.data.batches import HostBatch, Join
 from slm_jax.data.dataset import Dataset
@@ -159,9 +160,10 @@ class CachedDistill(TokenLoss):
   cache: str = setting(AUTO, semantic=False)  # a folder of slm_jax.distill.cache, or made when it is first needed
   content: str = ''  # what that folder holds; filled in when an experiment is resolved
   signal: Signal = 'top_k'
-  k: int = 64  # of top_k
+  k: int = setting(64, '[1, 2^31)')  # of top_k
   tail: Tail = 'bucket'  # of top_k
-  draws: int = 40  # of sampled; at 50, a weak teacher of a large vocabulary takes more than 48 bytes a token
+  # Of sampled; at 50, a weak teacher of a large vocabulary takes more than 48 bytes a token.
+  draws: int = setting(40, '[1, 255]')
   precision: Precision = 'float16'  # of the log-probabilities
 
   needs: ClassVar[Needs] = {**TokenLoss.needs, **SPARSE}

@@ -13,11 +13,10 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import grain
 import jax
@@ -27,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from slm_jax import losses, sharding
 from slm_jax.checksum import checksum
-from slm_jax.config import ConfigError, require, to_dict
+from slm_jax.config import require, to_dict
 from slm_jax.data import batches, sources
 from slm_jax.data import folder as folders
 from slm_jax.data.dataset import Dataset
@@ -35,7 +34,7 @@ from slm_jax.data.store import Store
 from slm_jax.distill import records, signals
 from slm_jax.distill.divergences import log_softmax
 from slm_jax.distill.records import Layout, Precision
-from slm_jax.files import disk_errors, read_object, write_json
+from slm_jax.files import DamagedFile, disk_errors, read_json, write_json
 from slm_jax.model import decoder
 from slm_jax.model.api import Batch, Model, Params
 from slm_jax.model.flops import flops_per_token
@@ -45,6 +44,34 @@ FORMAT = 1  # of records and folders; part of the key
 SHARD = 1 << 20  # tokens of a shard
 BATCH = 1 << 13  # tokens that the teacher sees at once
 MANIFEST = folders.MANIFEST
+
+
+class _Shard(folders.Manifest):
+  records: int
+  predicted: int
+  width: int
+  nats: float
+
+
+class _Part(TypedDict):
+  name: str
+  records: int
+
+
+class _Manifest(TypedDict, total=False):
+  """Of a cache; it is finished if it has shards, and then it has all of these."""
+
+  key: Required[dict[str, Any]]
+  identity: Required[str]
+  shards: list[_Part]
+  records: int
+  tokens: int
+  bytes: int
+  bytes_per_token: float
+  width: int
+  nats: float
+  flops: float
+  sources: list[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,23 +131,20 @@ def place(cache: Path, capture: Capture) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-  return 'shards' in read_object(folder / MANIFEST)
+  return 'shards' in (read_json(folder / MANIFEST, _Manifest)[0] or {})
 
 
 def read_manifest(folder: Path, what: str) -> dict[str, Any]:
   """ConfigError unless `folder` holds a finished cache; what: the setting that names it."""
   path = folder / MANIFEST
   require(path.exists(), f'{what}={str(folder)!r}: no cache there (no {MANIFEST}); python -m slm_jax.distill.cache')
-  try:
-    manifest = json.loads(path.read_text(encoding='utf-8'))
-    key = manifest['key']
-    require(
-      key['format'] == FORMAT, f'{path}: format {key["format"]}, this version knows {FORMAT}; make the cache again'
-    )
-    if manifest['identity'] != identity(key):
-      raise ValueError('it was changed')
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
+  manifest, fault = read_json(path, _Manifest)
+  if manifest is None:
+    raise DamagedFile(f'{path}: cannot be read ({fault})')
+  key = manifest['key']
+  written = key.get('format')
+  require(written == FORMAT, f'{path}: format {written}, this version knows {FORMAT}; make the cache again')
+  require(manifest['identity'] == identity(key), f'{path}: cannot be read (it was changed)')
   require('shards' in manifest, f'{what}={str(folder)!r}: not finished; run the command that makes it again')
   return manifest
 
@@ -154,7 +178,7 @@ def build(
       for start, end in parts[host::hosts]:
         log(f'{folder}: sequences {start:,} to {end:,} of {n:,}')
         build_part = functools.partial(_build_shard, capture, tell, start, end)
-        folders.open_or_build(folder / _name(start, end), build_part, log)
+        folders.open_or_build(folder / _name(start, end), build_part, log, _Shard)
     if not all((folder / _name(*part) / MANIFEST).exists() for part in parts):
       return None
     return finish(folder, capture, [_name(*part) for part in parts], about)
@@ -165,11 +189,10 @@ def begin(folder: Path, key: dict[str, Any]) -> None:
   path = folder / MANIFEST
   others = [] if not folder.exists() else [each for each in folder.iterdir() if each.name[0] != '.' and each != path]
   if path.exists():  # looked for last: another process may be here at the same time
-    try:
-      found = json.loads(path.read_text(encoding='utf-8'))['key']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise ConfigError(f'{path}: cannot be read ({error}); remove the folder') from None
-    other = [name for name in key if found.get(name) != key[name]]
+    manifest, fault = read_json(path, _Manifest)
+    if manifest is None:
+      raise DamagedFile(f'{path}: cannot be read ({fault}); remove the folder')
+    other = [name for name in key if manifest['key'].get(name) != key[name]]
     require(
       not other, f'{folder}: holds a cache of another {", ".join(other)}; choose another folder, or remove this one'
     )
@@ -192,7 +215,7 @@ def alone(path: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 def finish(folder: Path, capture: Capture, shards: list[str], about: dict[str, Any]) -> dict[str, Any]:
   """Writes the manifest of a cache whose shards are all there."""
-  facts = [folders.manifest(folder / name) for name in shards]
+  facts = [folders.manifest(folder / name, _Shard) for name in shards]
   size = sum(described['size'] for each in facts for described in each['files'].values())
   tokens = sum(each['predicted'] for each in facts)
   length = capture.dataset.config.seq_len

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_jax import losses
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.data import batches, packing
 from slm_jax.data.batches import HostBatch
 from slm_jax.data.dataset import Dataset
@@ -53,18 +54,17 @@ class CrossDistill(TransformConfig):
   holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   divergence: Literal['alm', 'uld'] = 'alm'
-  weight: float = setting(0.5, traced=True)  # w of the teacher's term; the data's has 1 - w
-  temperature: float = setting(100.0, traced=True)  # tau of alm; at 1, chunks of several tokens say next to nothing
-  length: int = 0  # tokens of the teacher that a sequence may take; 0: as many as data.seq_len
+  weight: float = setting(0.5, '[0, 1]', traced=True)  # w of the teacher's term; the data's has 1 - w
+  # Tau of alm; at 1, chunks of several tokens say next to nothing.
+  temperature: float = setting(100.0, '(0, inf)', traced=True)
+  # Tokens of the teacher that a sequence may take; 0: as many as data.seq_len.
+  length: int = setting(0, '[1, 2^31) or 0')
   precision: Precision = 'own'  # of the teacher's parameters in memory
 
   needs: ClassVar[Needs] = {'temperature': (lambda its: its.divergence == 'alm', 'divergence=alm')}
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')
-    require(0 <= self.weight <= 1, f'{key}.weight={self.weight}: must lie in [0, 1]')
-    require(self.temperature > 0, f'{key}.temperature={self.temperature}: must be positive')
-    require(self.length >= 0, f'{key}.length={self.length}: must be positive, or 0')
 
   def check_in(self, config: Any, key: str) -> None:
     blocks = config.train.vocab_chunk

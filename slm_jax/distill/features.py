@@ -42,12 +42,11 @@ class FromWithin(TransformConfig):
   holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   _: dataclasses.KW_ONLY
-  weight: float = setting(1.0, traced=True)  # of the term; that of the data stays 1
+  weight: float = setting(1.0, '[0, inf)', traced=True)  # of the term; that of the data stays 1
   precision: Precision = 'own'  # of the teacher's parameters in memory
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')
-    require(self.weight >= 0, f'{key}.weight={self.weight}: must not be negative')
 
   def check_in(self, config: Any, key: str) -> None:
     check_precision(self, config, key)
@@ -69,11 +68,10 @@ class Features(FromWithin):
   kind: ClassVar[str] = 'features'
   layers: tuple[str, ...] = ()  # 'student:teacher'; layer 0 is the embeddings
   distance: Literal['mse', 'cosine'] = 'mse'
-  rate: float = setting(1.0, traced=True)  # learning rate of the projections, as a multiple of the model's
+  rate: float = setting(1.0, '[0, inf)', traced=True)  # learning rate of the projections, as a multiple of the model's
 
   def check(self, key: str) -> None:
     super().check(key)
-    require(self.rate >= 0, f'{key}.rate={self.rate}: must not be negative')
     require(bool(self.layers), f"{key}.layers=(): name pairs of layers, 'student:teacher'")
     for pair in self.layers:
       numbers = pair.split(':')
@@ -117,14 +115,13 @@ class Relations(FromWithin):
   """
 
   kind: ClassVar[str] = 'relations'
-  layer: int = 0  # of the student, 1..L; 0: the last
-  teacher_layer: int = 0  # 0: the last; v2 takes one above the middle of a large teacher
+  layer: int = setting(0, '[0, 2^31)')  # of the student, 1..L; 0: the last
+  teacher_layer: int = setting(0, '[0, 2^31)')  # 0: the last; v2 takes one above the middle of a large teacher
   relations: tuple[Relation, ...] = ('qq', 'kk', 'vv')
-  heads: int = 4  # into which queries, keys and values are split, whatever heads attention has
+  heads: int = setting(4, '[1, 2^31)')  # into which queries, keys and values are split, whatever heads attention has
 
   def check(self, key: str) -> None:
     super().check(key)
-    require(self.heads > 0, f'{key}.heads={self.heads}: must be positive')
     require(
       0 < len(self.relations) == len(set(self.relations)),
       f'{key}.relations={",".join(self.relations)}: name some of qq, kk, vv, qk, each once',

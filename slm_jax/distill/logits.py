@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax import vocabulary
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.distill import signals, teachers
 from slm_jax.distill.divergences import DIVERGENCES, LOWEST, kl, reverse_kl
 from slm_jax.distill.judge import judge
@@ -59,25 +60,16 @@ class TokenLoss(TransformConfig):
     'taid',
     'policy_gradient',
   ] = 'kl'
-  weight: float = setting(0.5, traced=True)  # w of the teacher's term; the data's has 1 - w
-  temperature: float = setting(1.0, traced=True)
-  weight_end: float = setting(STAYS, traced=True)  # at the last step, reached linearly; -1: stays
-  temperature_end: float = setting(STAYS, traced=True)
+  weight: float = setting(0.5, '[0, 1]', traced=True)  # w of the teacher's term; the data's has 1 - w
+  temperature: float = setting(1.0, '(0, inf)', traced=True)
+  weight_end: float = setting(STAYS, '[0, 1] or -1', traced=True)  # at the last step, reached linearly; -1: stays
+  temperature_end: float = setting(STAYS, '(0, inf) or -1', traced=True)
   # b of the JSDs, a of the skew KLs (0.1 in DistiLLM), t of TAID at the start (0.4 there)
-  mix: float = setting(0.5, traced=True)
+  mix: float = setting(0.5, '[0, 1]', traced=True)
 
   needs: ClassVar[Needs] = {'mix': (lambda its: its.divergence in MIXED, f'divergence={", ".join(MIXED)}')}
 
   def check(self, key: str) -> None:
-    for name in ('weight', 'weight_end', 'mix'):
-      value = getattr(self, name)
-      stays = name == 'weight_end' and value == STAYS
-      require(
-        0 <= value <= 1 or stays, f'{key}.{name}={value}: must lie in [0, 1]' + ', or be -1' * (name[-3:] == 'end')
-      )
-    require(self.temperature > 0, f'{key}.temperature={self.temperature}: must be positive')
-    end = self.temperature_end
-    require(end > 0 or end == STAYS, f'{key}.temperature_end={end}: must be positive, or -1')
     fixed = self.divergence == 'policy_gradient' and self.tempered
     require(not fixed, f'{key}.temperature={self.temperature}: policy_gradient is at temperature 1 only')
 
@@ -128,13 +120,13 @@ class Distill(TokenLoss):
   holds_teacher: ClassVar[bool] = True  # in memory, as `frozen`
   teacher: str = setting('', arm=True)  # name of the arm
   co_teachers: tuple[str, ...] = setting((), arm=True)  # further arms, whose predictions are averaged with its
-  shares: tuple[float, ...] = ()  # of the teacher and each co-teacher; none: equal
+  shares: tuple[float, ...] = setting((), '(0, inf)')  # of the teacher and each co-teacher; none: equal
   average: Average = 'probabilities'  # or of 'logits'
   precision: Precision = 'own'  # of the teachers' parameters in memory
   signal: Signal = 'dense'
-  k: int = 64  # of top_k
+  k: int = setting(64, '[1, 2^31)')  # of top_k
   tail: Tail = 'bucket'  # of top_k
-  draws: int = 50  # of sampled
+  draws: int = setting(50, '[1, 255]')  # of sampled
 
   needs: ClassVar[Needs] = {
     **TokenLoss.needs,
@@ -147,7 +139,6 @@ class Distill(TokenLoss):
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm to learn from')
     n = 1 + len(self.co_teachers)
     require(len(self.shares) in (0, n), f'{key}.shares={self.shares}: expected {n}, one for each teacher, or none')
-    require(all(share > 0 for share in self.shares), f'{key}.shares={self.shares}: must be positive')
     check_signal(self, key)
 
   def check_in(self, config: Any, key: str) -> None:
@@ -188,11 +179,7 @@ class SelfDistill(TokenLoss):
   """Learn from one's own moving average. From an own earlier arm: `Distill`, and `init.arm`."""
 
   kind: ClassVar[str] = 'self_distill'
-  decay: float = setting(0.99, traced=True)
-
-  def check(self, key: str) -> None:
-    super().check(key)
-    require(0 <= self.decay < 1, f'{key}.decay={self.decay}: must lie in [0, 1)')
+  decay: float = setting(0.99, '[0, 1)', traced=True)
 
   def check_in(self, config: Any, key: str) -> None:
     super().check_in(config, key)
@@ -212,8 +199,6 @@ class SelfDistill(TokenLoss):
 
 def check_signal(spec: Any, key: str) -> None:
   """What a sparse signal cannot do."""
-  require(spec.k > 0, f'{key}.k={spec.k}: must be positive')
-  require(0 < spec.draws < 256, f'{key}.draws={spec.draws}: must be 1..255')
   if spec.signal != 'dense':
     known = spec.divergence == 'kl'
     require(known, f'{key}.divergence={spec.divergence}: needs the whole distribution; {spec.signal} allows: kl')

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.distill import rollouts
 from slm_jax.distill.logits import Distill, SelfDistill, TokenLoss
 from slm_jax.losses import Term
@@ -44,21 +45,15 @@ class OnPolicy(TransformConfig):
 
   kind: ClassVar[str] = 'on_policy'
   before: ClassVar[tuple[str, ...]] = ('distill', 'self_distill', 'features', 'relations')  # they read what it writes
-  fraction: float = setting(1.0, traced=True)  # of rows that the student writes; each is chosen independently
-  temperature: float = setting(1.0, traced=True)  # of its draws; 0: greedy
-  max_new: int = 64  # tokens that it writes; a prompt that leaves less room in a sequence stays with its document
-  buffer: int = 0  # rollouts that are kept for later steps, the newest
-  replay: float = setting(0.5, traced=True)  # with a buffer: probability that a step writes none and reads it
+  fraction: float = setting(1.0, '[0, 1]', traced=True)  # of rows that the student writes; each is chosen independently
+  temperature: float = setting(1.0, '[0, inf)', traced=True)  # of its draws; 0: greedy
+  # Tokens that it writes; a prompt that leaves less room in a sequence stays with its document.
+  max_new: int = setting(64, '[1, 2^31)')
+  buffer: int = setting(0, '[0, 2^20]')  # rollouts that are kept for later steps, the newest
+  replay: float = setting(0.5, '[0, 1]', traced=True)  # with a buffer: probability that a step writes none and reads it
   cold_start: bool = False  # start without a trained model (`init.arm`), whose rollouts are noise
 
   needs: ClassVar[Needs] = {'replay': (lambda its: its.buffer, 'a buffer')}
-
-  def check(self, key: str) -> None:
-    for name in ('fraction', 'replay'):
-      require(0 <= getattr(self, name) <= 1, f'{key}.{name}={getattr(self, name)}: must lie in [0, 1]')
-    require(self.temperature >= 0, f'{key}.temperature={self.temperature}: must not be negative')
-    require(self.max_new > 0, f'{key}.max_new={self.max_new}: must be positive')
-    require(self.buffer >= 0, f'{key}.buffer={self.buffer}: must not be negative')
 
   def check_in(self, config: Any, key: str) -> None:
     data = config.data

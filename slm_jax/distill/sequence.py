@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 
 from slm_jax import distributed, sharding
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.data import batches, folder, packing, sources, store
 from slm_jax.data.dataset import Dataset
 from slm_jax.data.packing import Piece
@@ -34,6 +35,12 @@ FORMAT = 2  # of what is written; part of the key
 BATCH = 64  # texts that are written side by side
 
 
+class _Written(store.Manifest):
+  flops: float
+  unfinished: int
+  about: list[Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class SequenceDistill(TransformConfig):
   """Train on texts that another arm's model writes, among the arm's own."""
@@ -41,20 +48,16 @@ class SequenceDistill(TransformConfig):
   kind: ClassVar[str] = 'sequence_distill'
   before: ClassVar[tuple[str, ...]] = ('cached_distill',)  # which is to hold its texts as well
   teacher: str = setting('', arm=True)  # name of the arm
-  documents: int = 10_000  # that it writes, each at most a sequence long
-  temperature: float = 1.0  # of its draws; 0: greedy
-  top_p: float = 1.0  # of its draws
-  share: float = 0.5  # of the training sequences that it wrote; the others are the arm's own
-  seed: int = 0  # of its draws
+  documents: int = setting(10_000, '[1, 2^31)')  # that it writes, each at most a sequence long
+  temperature: float = setting(1.0, '[0, inf)')  # of its draws; 0: greedy
+  top_p: float = setting(1.0, '(0, 1]')  # of its draws
+  share: float = setting(0.5, '(0, 1]')  # of the training sequences that it wrote; the others are the arm's own
+  seed: int = setting(0, '[0, 2^32)')  # of its draws
 
   needs: ClassVar[Needs] = dict.fromkeys(('top_p', 'seed'), (lambda its: its.temperature, 'a temperature above 0'))
 
   def check(self, key: str) -> None:
     require(bool(self.teacher), f'{key}.teacher={self.teacher!r}: name the arm that writes')
-    require(self.documents > 0, f'{key}.documents={self.documents}: must be positive')
-    require(self.temperature >= 0, f'{key}.temperature={self.temperature}: must not be negative')
-    for name in ('top_p', 'share'):
-      require(0 < getattr(self, name) <= 1, f'{key}.{name}={getattr(self, name)}: must lie in (0, 1]')
 
   def check_in(self, config: Any, key: str) -> None:
     prompts = self.temperature > 0 or bool(config.data.prompt_end) or self.documents == 1
@@ -90,7 +93,7 @@ class SequenceDistill(TransformConfig):
     def opened() -> dict[str, Any]:
       resources.folder.mkdir(parents=True, exist_ok=True)
       with capture.alone(path.with_name(f'.lock-{path.name}'), logging.info):
-        return folder.open_or_build(path, build, logging.info)
+        return folder.open_or_build(path, build, logging.info, _Written)
 
     return Store(f'{self.teacher}’s texts', path, distributed.main_first(opened))
 

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from slm_jax.config import Needs, require, setting
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,41 +26,45 @@ class ModelConfig:
   width (embed_scale, attn_scale) are to stay those of the base.
   """
 
-  vocab_size: int = 512
-  d_model: int = 128
-  n_layers: int = 4
-  n_heads: int = 4
-  n_kv_heads: int = 4
-  head_dim: int = 32  # H*K may differ from D (Qwen3, Gemma 3)
-  d_ff: int = 384
-  max_len: int = 2048  # positions; a longer sequence is an error
+  vocab_size: int = setting(512, '[1, 2^31)')
+  d_model: int = setting(128, '[1, 2^31)')
+  n_layers: int = setting(4, '[1, 10000]')  # each of them is a part of the program, unless `unroll` makes a loop
+  n_heads: int = setting(4, '[1, 2^31)')
+  n_kv_heads: int = setting(4, '[1, 2^31)')
+  head_dim: int = setting(32, '[1, 2^31)')  # H*K may differ from D (Qwen3, Gemma 3)
+  d_ff: int = setting(384, '[1, 2^31)')
+  max_len: int = setting(2048, '[1, 2^31)')  # positions; a longer sequence is an error
 
   norm: Literal['rms', 'layer'] = 'rms'  # 'layer': GPT-2 (with bias)
-  norm_eps: float = 1e-5
-  norm_offset: float = 0.0  # Gemma: scale is (1 + w)
+  norm_eps: float = setting(1e-5, '[0, inf)')
+  norm_offset: float = setting(0.0, '(-inf, inf)')  # Gemma: scale is (1 + w)
   post_norms: bool = False  # Gemma 3: norms after attention and after the MLP too
   qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm per head before RoPE
-  qk_norm_eps: float = 0.0  # of that norm; 0: norm_eps
+  qk_norm_eps: float = setting(0.0, '[0, inf)')  # of that norm; 0: norm_eps
   mlp: Literal['swiglu', 'geglu', 'gelu'] = 'swiglu'  # geglu: Gemma; gelu (tanh, no gate): GPT-2
   bias: bool = False  # GPT-2: biases on all projections
   positions: Literal['rope', 'learned'] = 'rope'
-  rope_theta: float = 10_000.0
-  rope_local_theta: float = 10_000.0  # theta of the sliding-window layers
-  rope_scaling: tuple[float, ...] = ()  # Llama 3: (factor, low_freq_factor, high_freq_factor, original positions)
-  window: int = 0  # sliding window of the local layers; 0: none are local
-  global_every: int = 1  # every n-th layer attends globally (Gemma 3: 6), the others within the window
-  attn_scale: float = 0.0  # query multiplier; 0 means head_dim**-0.5
+  rope_theta: float = setting(10_000.0, '(0, inf)')
+  rope_local_theta: float = setting(10_000.0, '(0, inf)')  # theta of the sliding-window layers
+  # Llama 3: (factor, low_freq_factor, high_freq_factor, original positions).
+  rope_scaling: tuple[float, ...] = setting((), '(0, inf)')
+  window: int = setting(0, '[0, 2^31)')  # sliding window of the local layers; 0: none are local
+  # Every n-th layer attends globally (Gemma 3: 6), the others within the window.
+  global_every: int = setting(1, '[1, 2^31)')
+  attn_scale: float = setting(0.0, '[0, inf)')  # query multiplier; 0 means head_dim**-0.5
   tied: bool = True  # head = transposed embedding
-  embed_scale: float = 1.0  # Gemma: sqrt(d_model)
-  softcap: float = 0.0  # logits = c*tanh(logits/c); 0: off
+  embed_scale: float = setting(1.0, '(0, inf)')  # Gemma: sqrt(d_model)
+  softcap: float = setting(0.0, '[0, inf)')  # logits = c*tanh(logits/c); 0: off
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations; losses and norms' statistics are float32
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'  # optimisers compute in float32, and keep their state so
-  init_std: float = 0.02
-  mup_base_width: int = 0  # d_model of the model whose learning rate is to be right for this one; 0: no muP
-  mup_base_head_dim: int = 0  # its head_dim; 0: this one's, wider models have more heads and not larger ones
+  init_std: float = setting(0.02, '[0, inf)')
+  # d_model of the model whose learning rate is to be right for this one; 0: no muP.
+  mup_base_width: int = setting(0, '[0, 2^31)')
+  # Its head_dim; 0: this one's, wider models have more heads and not larger ones.
+  mup_base_head_dim: int = setting(0, '[0, 2^31)')
   remat: Literal['none', 'full', 'dots'] = setting('none', semantic=False)
-  unroll: int = setting(0, semantic=False)  # layers a scan iteration; 0: all of them
+  unroll: int = setting(0, '[0, 2^31)', semantic=False)  # layers a scan iteration; 0: all of them
   # By which kernel; auto: the fastest that the devices have and that can do it (slm_jax/model/fused.py)
   attention: Literal['auto', 'reference', 'splash', 'cudnn'] = setting('auto', semantic=False)
 
@@ -71,8 +76,6 @@ class ModelConfig:
   }
 
   def check(self, key: str) -> None:
-    for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff', 'max_len'):
-      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
     require(
       self.n_heads % self.n_kv_heads == 0,
       f'{key}.n_heads={self.n_heads}: must be a multiple of n_kv_heads={self.n_kv_heads}',
@@ -85,11 +88,6 @@ class ModelConfig:
       len(self.rope_scaling) in (0, 4),
       f'{key}.rope_scaling={self.rope_scaling}: expected none or (factor, low, high, original positions)',
     )
-    not_negative = ('window', 'attn_scale', 'softcap', 'norm_eps', 'qk_norm_eps', 'init_std')
-    for name in (*not_negative, 'mup_base_width', 'mup_base_head_dim'):
-      require(getattr(self, name) >= 0, f'{key}.{name}={getattr(self, name)}: must not be negative')
-    for name in ('rope_theta', 'rope_local_theta', 'global_every'):
-      require(getattr(self, name) > 0, f'{key}.{name}={getattr(self, name)}: must be positive')
     require(
       not self.window or self.global_every > 1,
       f'{key}.window={self.window}: no layer is local with global_every=1; allowed: 2 or more',
@@ -98,7 +96,7 @@ class ModelConfig:
       self.mup_base_width > 0 or not self.mup_base_head_dim,
       f'{key}.mup_base_head_dim={self.mup_base_head_dim}: needs {key}.mup_base_width, which is 0 (no muP)',
     )
-    require(0 <= self.unroll <= self.n_layers, f'{key}.unroll={self.unroll}: must be 0..n_layers={self.n_layers}')
+    require(self.unroll <= self.n_layers, f'{key}.unroll={self.unroll}: must be 0..n_layers={self.n_layers}')
 
   @property
   def width_ratio(self) -> float:

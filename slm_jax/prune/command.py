@@ -10,7 +10,6 @@ their parameters.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,9 @@ import jax
 from absl import flags, logging
 
 from slm_jax import commands, losses, notices
-from slm_jax.config import ConfigError, check, from_dict, require
+from slm_jax.config import check, require
 from slm_jax.data import tokenizer
-from slm_jax.data.config import DataConfig
+from slm_jax.data.config import DataConfig, of_arm
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.files import expanded
 from slm_jax.model import decoder
@@ -64,9 +63,8 @@ def made(options: flags.FlagValues) -> str:
   """The table, and the line that makes an arm of what is best."""
   from slm_jax.checkpoint import load_model  # from a floor above
 
-  require(options.batch > 0, f'--batch={options.batch}: must be positive')
-  require(options.sequences > 0, f'--sequences={options.sequences}: must be positive')
-  require(options.seq_len >= 0, f'--seq_len={options.seq_len}: must not be negative')
+  count = '[1, 2^31)'
+  commands.check_ranges(options, batch=count, sequences=count, multiple=count, seq_len='[0, 2^31)', seed='[0, 2^32)')
   commands.require_effect(options, {'batch': ('cost', 'latency'), 'seed': ('by', 'random')})
   given = expanded(options.model)
   folder = given if (given / 'model.json').exists() else given / 'model'
@@ -85,19 +83,15 @@ def made(options: flags.FlagValues) -> str:
   lines = table([whole, *found], seq_len, options.cost)
   best = changes(config, found[0].shape.config)
   flags_of = ' '.join(f'--config.model.{name}={value}' for name, value in best.items())
-  name = named(folder) or 'this model'
+  name, own = of_arm(folder.parent)
+  name = name or (folder.parent.name if own else 'this model')
   start = f'an arm with init.arm={name}, --config.init.by={options.by}' + (f' and {flags_of}' if best else '')
   return '\n'.join([*lines, '', f'{"best" if nats else "first"}: {start}'])
 
 
 def text_of(folder: Path, config: ModelConfig, options: flags.FlagValues, scratch: Path) -> Dataset | None:
   """The data of --text, or those that the arm was trained on; None if there are neither."""
-  path, own = folder.parent / 'config.json', None
-  if path.exists():
-    try:
-      own = from_dict(DataConfig, json.loads(path.read_text(encoding='utf-8'))['data'], f'{path}:data')
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise error if isinstance(error, ConfigError) else ConfigError(f'{path}: cannot be read ({error})') from None
+  _, own = of_arm(folder.parent)
   if own is None and not options.text:
     return None
   if not options.text:
@@ -168,9 +162,3 @@ def table(found: Sequence[Found], seq_len: int, cost: str) -> list[str]:
 
 def changes(whole: ModelConfig, small: ModelConfig) -> Mapping[str, int]:
   return {name: getattr(small, name) for name in SIZES if getattr(small, name) != getattr(whole, name)}
-
-
-def named(folder: Path) -> str:
-  """The name of the arm whose model this is, or its id; '' if it is no arm's."""
-  path = folder.parent / 'config.json'
-  return str(json.loads(path.read_text(encoding='utf-8')).get('name') or folder.parent.name) if path.exists() else ''

@@ -120,8 +120,7 @@ def _of_blocks(score_LIO: jax.Array, count_L: jax.Array, rule: Pattern) -> jax.A
 
 
 def check_sparsity(rule: Pattern, sparsity: float, allocation: Allocation, key: str) -> None:
-  """ConfigError for a share of zeros that there is not, or that the pattern does not have; key: of the settings."""
-  require(0 <= sparsity < 1, f'{key}.sparsity={sparsity}: must lie in [0, 1)')
+  """ConfigError for a share of zeros that the pattern does not have; key: of the settings."""
   if rule.kind == 'n:m':
     text, left = f'{rule.n}:{rule.m}', 1 - rule.n / rule.m
     require(abs(sparsity - left) < 1e-6, f'{key}.sparsity={sparsity}: must be {left:g} with pattern={text}')

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from slm_jax.config import Needs, require
+from slm_jax.conditions import Needs
+from slm_jax.config import require, setting
 from slm_jax.model.api import Model, Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import criteria, fisher
@@ -28,7 +29,7 @@ class OneShot:
   """Which weights of the layers' matrices are zero at the start."""
 
   criterion: Literal['none', 'random', 'magnitude', 'first_order', 'obd', 'wanda', 'ria', 'sparsegpt'] = 'none'
-  sparsity: float = 0.5
+  sparsity: float = setting(0.5, '[0, 1)')
   pattern: str = 'layer'  # what is compared: see `Prune`; Wanda and RIA are meant for 'output'
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
   # What makes up for them, layer by layer (oneshot.compensated): what stays is fitted anew, or biases are shifted.

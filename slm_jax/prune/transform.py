@@ -46,20 +46,19 @@ class Prune(TransformConfig):
   """
 
   kind: ClassVar[str] = 'prune'
-  sparsity: float = setting(0.5, traced=True)  # share of the layers' weights that is zero in the end
+  sparsity: float = setting(0.5, '[0, 1)', traced=True)  # share of the layers' weights that is zero in the end
   criterion: Criterion = 'magnitude'
   pattern: str = 'layer'  # what is compared: 'layer', 'output', n of m inputs as in '2:4', blocks as in '16x16'
   allocation: Allocation = 'uniform'  # of the sparsity over the matrices of the layers
   schedule: Schedule = 'cubic'
   method: Method = 'prune'
-  start: float = 0.25  # share of the steps before the first pruning
-  end: float = 0.75  # share of the steps after which the masks stay
-  every: int = 20  # steps between refreshes
+  start: float = setting(0.25, '[0, 1]')  # share of the steps before the first pruning
+  end: float = setting(0.75, '[0, 1]')  # share of the steps after which the masks stay
+  every: int = setting(20, '[1, 2^31)')  # steps between refreshes
   ticket: str = setting('', arm=True)
 
   def check(self, key: str) -> None:
-    require(0 <= self.start <= self.end <= 1, f'{key}.start={self.start}, end={self.end}: need 0 <= start <= end <= 1')
-    require(self.every > 0, f'{key}.every={self.every}: must be positive')
+    require(self.start <= self.end, f'{key}.start={self.start}, end={self.end}: need 0 <= start <= end <= 1')
     check_sparsity(Pattern.parse(self.pattern, f'{key}.pattern'), self.sparsity, self.allocation, key)
     if self.rules.regrows:
       require(

@@ -13,6 +13,7 @@ from slm_jax.ablate import measure
 from slm_jax.ablate.measure import Pace
 from slm_jax.distill.logits import Distill
 from slm_jax.experiment import EvalConfig, RunConfig
+from slm_jax.files import read_json
 
 TEACHER = {'name': 'teacher', 'transforms': (), 'model.d_ff': 48}
 TAUGHT = {'name': 'taught', 'transforms': (Distill('teacher'),)}
@@ -121,8 +122,8 @@ def test_short_runs_are_taken_apart_into_what_they_were_made_of(tmp_path, monkey
     lines = [
       {'step': 1 + i, 'kind': 'train', 'seconds': t + s} for i, (t, s) in enumerate(zip(ends, late, strict=True))
     ]
-    lines += [{'step': start, 'kind': 'eval', 'seconds': evaluated[0]}]
-    lines += [{'step': config.train.steps, 'kind': 'eval', 'seconds': evaluated[1] + late[-1]}]
+    lines += [{'step': start, 'kind': 'eval', 'loss': 1.0, 'seconds': evaluated[0]}]
+    lines += [{'step': config.train.steps, 'kind': 'eval', 'loss': 1.0, 'seconds': evaluated[1] + late[-1]}]
     (job.folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     calls.append(config.train.steps - start)
     return {'seconds': end + late[-1]}
@@ -171,7 +172,7 @@ def test_what_another_machine_measured_is_kept_and_not_used(tmp_path, monkeypatc
     monkeypatch.setattr(measure, 'machine', lambda name=name: name)
     assert measure.known(tmp_path) == {}
     measure.measure_all([named['one']], arms, tmp_path)
-  assert len(json.loads((tmp_path / 'cache' / 'measured.json').read_text())) == 2
+  assert len(read_json(tmp_path / 'cache' / 'measured.json')[0]) == 2
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"%s": {"a": {"step": 1}}}', '{"%s": []}'])

@@ -75,7 +75,7 @@ def evil(tmp_path_factory):
   page, arms = page_of(path, sweep, train, doc=EVIL, answer=EVIL, options=[f'--config.eval.prompt={EVIL}'])
   fill(workdir.folder(path, arms[0].arm_id), 1.0, 4, text=EVIL)
   run = workdir.folder(path, arms[2].arm_id) / 'run.json'
-  run.write_text(json.dumps({'status': EVIL, 'error': EVIL, 'git': {'commit': EVIL}, 'packages': {EVIL: EVIL}}))
+  run.write_text(json.dumps({'status': 'failed', 'error': EVIL, 'git': {'commit': EVIL}, 'packages': {EVIL: EVIL}}))
   report.publish(path)
   return path, Page((path / 'report.html').read_text())
 

@@ -155,15 +155,24 @@ def test_differences_are_to_the_baselines_same_seed(tmp_path):
   'text, message',
   [
     ('{"format": 3}', 'format 3, written by a newer version (this one knows 2)'),
-    ('{"form', 'cannot be read'),
-    ('[]', 'cannot be read'),
-    ('{"format": 1, "name": "x"}', 'cannot be read'),
+    ('{"form', 'damaged (not JSON'),
+    ('[]', 'damaged (it is a list, expected an object)'),
+    ('{"format": 1, "name": "x"}', 'damaged (arms is null, expected a list)'),
+    ('{"format": 1, "name": "x", "arms": [3]}', 'damaged (arms[0] is 3, expected an object)'),
+    ('{"format": 1, "name": "x", "arms": [{"arm_id": "../x"}]}', "damaged ('../x' is no id of an arm)"),
+    ('{"format": 1, "name": "x", "arms": [], "latest": ["x"]}', "damaged ('x' is no id of an arm)"),
+    ('{"format": 2, "name": "x", "arms": [], "launches": [{"key": "a", "arms": ["x"]}]}', "'x' is no id of an arm"),
+    ('{"format": 2, "name": "x", "arms": [], "launches": [{"key": "../a"}]}', "'../a' is no key of a launch"),
+    ('{"format": 2, "name": "x", "arms": [], "launches": [{"key": "a", "when": 3}]}', 'when is 3, expected a string'),
+    ('{"format": 1, "name": "x", "arms": [{"arm_id": "a", "diff": {"k": [1]}}]}', 'diff.k: expected two values'),
+    ('{"format": 1, "name": 3, "arms": []}', 'damaged (name is 3, expected a string)'),
+    ('{"format": 1, "name": "x", "arms": [], "wings": 2}', 'damaged (wings: unknown)'),
   ],
 )
 def test_a_foreign_experiment_json_is_one_line(tmp_path, text, message):
   (tmp_path / 'experiment.json').write_text(text)
   with pytest.raises(ConfigError) as error:
-    results.read(tmp_path)
+    workdir.read_experiment(tmp_path)
   assert message in str(error.value)
   assert str(tmp_path) in str(error.value)
   assert '\n' not in str(error.value)
@@ -215,7 +224,7 @@ def test_the_long_table_of_nothing_and_of_what_is_no_number(tmp_path):
   assert len(results.table(tmp_path)) == 0
   arms = launched(tmp_path)
   folder = workdir.folder(tmp_path, arms[0].arm_id)
-  (folder / 'metrics.jsonl').write_text('{"step": 1, "kind": "train", "loss": null, "words": "x"}\n')
+  (folder / 'metrics.jsonl').write_text('{"step": 1, "kind": "train", "loss": null}\n')
   found = results.table(tmp_path)
   of_arm = found[(found.arm_id == arms[0].arm_id) & (found.kind == 'train')]
   assert list(of_arm.metric) == ['loss']
@@ -231,7 +240,7 @@ def test_without_pandas_the_extra_is_named(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- what cannot be read
 
 
-@pytest.mark.parametrize('written', [metrics.FORMAT + 1, 99, 'x', None])
+@pytest.mark.parametrize('written', [metrics.FORMAT + 1, 99])
 def test_results_of_a_newer_version_are_one_line(tmp_path, written):
   arms = launched(tmp_path)
   path = workdir.folder(tmp_path, arms[1].arm_id) / 'run.json'

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slm_jax.ablate import sweep
 from slm_jax.ablate.sweep import chain, choice, loguniform, product, sample, seeds, uniform, zipped
 from slm_jax.config import ConfigError
 
@@ -146,6 +147,9 @@ def test_rounding_stays_within_bounds(low, ratio, u):
   'make, message',
   [
     (lambda: list(sample(LR, 0)), 'k=0: must be positive'),
+    (lambda: list(sample(LR, 1e12)), 'k=1000000000000.0: expected int'),
+    (lambda: list(seeds(1, -1)), 'first=-1: must not be negative'),
+    (lambda: list(seeds(10**11)), r'n=100000000000, first=0: seeds must lie in \[0, 2\^32\)'),
     (lambda: list(sample({'optim.clip': 0.5}, 1)), r'optim.clip=0.5: expected a distribution; .* choice\(0.5\)'),
     (lambda: loguniform(0, 1), r'loguniform\(0, 1\): 0 < low < high'),
     (lambda: loguniform(1, 1e-3), '0 < low < high'),
@@ -158,3 +162,22 @@ def test_what_cannot_be_sampled(make, message):
   with pytest.raises(ConfigError, match=message) as error:
     make()
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: product(seeds(2**32), LR),
+    lambda: zipped(seeds(2**32), LR),
+    lambda: sample(product(*(numbered(1000, f'k{i}') for i in range(4))), 20),
+    lambda: product(sample(SPACE, 10**12), seeds(3)),
+  ],
+)
+def test_a_list_that_no_memory_holds_is_refused_before_it_is_made(make, monkeypatch):
+  monkeypatch.setattr(sweep, 'LARGEST', 1000)  # the time of a million is not what is tested
+  with pytest.raises(ConfigError, match='more than 1,000 elements'):
+    next(iter(make()))
+
+
+def test_the_points_of_a_space_are_made_one_by_one():
+  assert len(list(itertools.islice(sample(SPACE, 10**12), 5))) == 5

@@ -7,7 +7,8 @@ import pytest
 from fakes import arms_of, experiment
 
 from slm_jax.ablate import unused
-from slm_jax.config import ConfigError, conditional, flatten, override
+from slm_jax.conditions import conditional
+from slm_jax.config import ConfigError, flatten, override
 from slm_jax.data.config import DataConfig
 from slm_jax.distill.cached import CachedDistill
 from slm_jax.distill.crossed import CrossDistill

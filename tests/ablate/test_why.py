@@ -29,7 +29,7 @@ def leave(workdir, arm, config=None, run=None):
   folder = workdir / 'arms' / arm.arm_id
   folder.mkdir(parents=True)
   (folder / 'config.json').write_text(json.dumps(config or to_dict(arm.config)))
-  (folder / 'run.json').write_text(json.dumps(run or {}))
+  (folder / 'run.json').write_text(json.dumps({'summary': {'loss': 1.0}, **(run or {})}))
   (folder / 'DONE').touch()
 
 

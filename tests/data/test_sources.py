@@ -89,6 +89,66 @@ def test_parquet_rows_are_documents(tmp_path):
     everything(write(tmp_path / 'broken.parquet', b'PAR1 nonsense'))
 
 
+KINDS = [
+  'string',
+  'large_string',
+  'binary',
+  'large_binary',
+  'dictionary',
+  'dictionary of large_string',
+  'dictionary of binary',
+]
+
+
+def column(kind: str, values: list[bytes | None]):
+  """An Arrow array of that type with these bytes, UTF-8 or not."""
+  pa = pytest.importorskip('pyarrow')
+  plain = kind.removeprefix('dictionary of ').replace('dictionary', 'string')
+  if kind != plain:
+    there = list(dict.fromkeys(value for value in values if value is not None))
+    places = [None if value is None else there.index(value) for value in values]
+    return pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), column(plain, there))
+  raw = pa.array(values, pa.large_binary() if plain.startswith('large') else pa.binary())
+  return raw if plain.endswith('binary') else raw.view(getattr(pa, plain)())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('errors', ['strict', 'replace', 'skip'])
+def test_text_of_a_table_that_is_not_utf_8_is_mended_skipped_or_told(tmp_path, kind, errors):
+  """It was a traceback whatever was asked for."""
+  pa = pytest.importorskip('pyarrow')
+  import pyarrow.parquet as pq
+
+  path = tmp_path / 'a.parquet'
+  values = ['ä'.encode(), b'caf\xe9 au lait', 'ä'.encode(), b'']
+  pq.write_table(pa.table({'n': [1, 2, 3, 4], 'text': column(kind, values)}), path)
+  told = f"{path}:2: column 'text': not UTF-8 at byte offset 3 (0xe9)"
+  if errors == 'strict':
+    with pytest.raises(ConfigError) as error:
+      everything(path)
+    assert str(error.value) == f"{told}; data.errors='replace' or 'skip' go on"
+    return
+  if errors == 'replace':  # which does not allow an empty row
+    values = values[:3]
+    pq.write_table(pa.table({'n': [1, 2, 3], 'text': column(kind, values)}), path)
+  found, report = everything(path, errors=errors)
+  assert found == (['ä', 'caf\ufffd au lait', 'ä'] if errors == 'replace' else ['ä', 'ä'])
+  assert report.places == [told, f"{path}:4: column 'text' is empty"][: report.count]
+  assert report.count == (1 if errors == 'replace' else 2)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_missing_text_of_a_table_is_told(tmp_path, kind):
+  pa = pytest.importorskip('pyarrow')
+  import pyarrow.parquet as pq
+
+  path = tmp_path / 'a.parquet'
+  pq.write_table(pa.table({'text': column(kind, [b'one', None, b'three'])}), path)
+  found, report = everything(path, errors='skip')
+  assert found == ['one', 'three']
+  assert report.places == [f"{path}:2: column 'text' is null, expected a string"]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD_LINES = [
@@ -357,6 +417,25 @@ def test_a_hub_data_set_has_its_own_splits(tmp_path, monkeypatch):
     everything(f'hf:{tmp_path}', text_field='body')
   with pytest.raises(ConfigError, match='hf:/nowhere/at/all'):
     everything('hf:/nowhere/at/all')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('datasets') is None, reason='the package datasets is not installed')
+@pytest.mark.parametrize('kind', ['string', 'large_string'])
+def test_text_of_a_hub_data_set_that_is_not_utf_8_is_told(tmp_path, monkeypatch, kind):
+  pa = pytest.importorskip('pyarrow')
+  import pyarrow.parquet as pq
+
+  monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
+  monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'set').mkdir()
+  pq.write_table(pa.table({'text': column(kind, [b'fine', b'caf\xe9', b'ok'] * 2000)}), tmp_path / 'set/train.parquet')
+  name = f'hf:{tmp_path}/set'
+  with pytest.raises(ConfigError, match=r"/train:2: column 'text': not UTF-8 at byte offset 3 \(0xe9\)"):
+    everything(name)
+  found, report = everything(name, errors='skip')
+  assert found == ['fine', 'ok'] * 2000
+  assert report.count == 2000
+  assert report.places[-1].startswith(f'{name}/train:{3 * 999 + 2}: ')
 
 
 # ------------------------------------------------------------------------------------------------------------ real data

@@ -235,6 +235,7 @@ def test_the_command_line_says_where_it_is_and_what_it_takes(workdir, capsys):
     (['--teacher=teacher', '--draws=4'], '--draws=4: has no effect without --method=sampled'),
     (['--teacher=teacher', '--method=sampled', '--draws=300'], '--draws=300: allowed: 1..255'),
     (['--teacher=teacher', '--host=2', '--hosts=2'], '--host=2: allowed: 0..1'),
+    (['--teacher=teacher', '--seed=-1'], '--seed=-1: must not be negative'),
     (['--teacher=teacher', '--data.seq_lne=3'], "seq_lne: unknown key 'seq_lne'; did you mean 'seq_len'?"),
     (['--teacher=teacher', '--data.sources=/no/such.txt'], 'no such file'),
     (['--teacher=teacher', '--data.tokenizer=sentencepiece'], 'was trained with another tokenizer'),

@@ -22,6 +22,7 @@ from slm_jax.distill import capture
 from slm_jax.distill.cached import LOOKED_AT, Cache, CachedDistill
 from slm_jax.distill.logits import Distill
 from slm_jax.distill.records import Layout
+from slm_jax.files import read_json, write_json
 from slm_jax.model import decoder
 
 V = Bytes.vocab_size
@@ -239,7 +240,7 @@ def test_the_identity_is_what_the_folder_holds_and_not_where_it_is(folder, tmp_p
 
 def flip_a_token(path, at):
   """Writes a store anew with another token in one record, and signs for it."""
-  manifest = json.loads((path / 'manifest.json').read_text())
+  manifest, _ = read_json(path / 'manifest.json')
   file = path / 'train.array_record'
   source = ArrayRecordDataSource(str(file))
   data = [bytearray(source[i]) for i in range(len(source))]
@@ -251,7 +252,7 @@ def flip_a_token(path, at):
   with open(file, 'rb') as opened:
     digest = hashlib.file_digest(opened, 'sha256').hexdigest()
   manifest['files'][file.name] = {'size': file.stat().st_size, 'sha256': digest}
-  (path / 'manifest.json').write_text(json.dumps(manifest))
+  write_json(path / 'manifest.json', manifest)
 
 
 @pytest.mark.parametrize('at', [0, 7])

@@ -267,7 +267,7 @@ FINE = [Features(teacher='t', layers=('1:2', '3:4')), Relations(teacher='t', hea
     (Features(teacher='t', layers=('0:0',), weight=-1), 'weight=-1.0: must not be negative'),
     (Features(teacher='t', layers=('0:0',), rate=-1), 'rate=-1.0: must not be negative'),
     (Relations(teacher='t', layer=4), r'relations.layer: layer 4 of the student: allowed: 0\.\.3'),
-    (Relations(teacher='t', layer=-1), r'relations.layer: layer -1 of the student: allowed: 0\.\.3'),
+    (Relations(teacher='t', layer=-1), 'relations.layer=-1: must not be negative'),
     (Relations(teacher='t', heads=3), 'heads=3: does not divide the width 16 of qq in the student'),
     (Relations(teacher='t', heads=16), 'heads=16: does not divide the width 8 of kk in the student'),
     (Relations(teacher='t', heads=0), 'heads=0: must be positive'),

@@ -295,7 +295,7 @@ def test_a_population_equals_its_arms_and_asks_the_teacher_once(name):
     (Distill('t', mix=2.0), 'distill.mix=2.0: must lie in [0, 1]'),
     (Distill('t', signal='top_k', k=513), 'distill.k=513: larger than model.vocab_size=512'),
     (Distill('t', signal='top_k', k=0), 'distill.k=0: must be positive'),
-    (Distill('t', signal='sampled', draws=256), 'distill.draws=256: must be 1..255'),
+    (Distill('t', signal='sampled', draws=256), 'distill.draws=256: must lie in [1, 255]'),
     (Distill('t', signal='top_k', divergence='jsd'), 'distill.divergence=jsd: needs the whole distribution'),
     (Distill('t', signal='sampled', temperature=2.0), 'sampled is at temperature 1 only'),
     (Distill('t', signal='top_k', tail='none', temperature=2.0), 'tail=none is at temperature 1 only'),

@@ -95,6 +95,12 @@ def more():
     (['--sweep=endless'], ["sweep 'endless'", 'more than 10,000 arms', '--yes']),
     (['--sweep=many,more'], ["sweep 'many,more'", '22,500 arms', '--yes']),
     (['--sweep=lr', '--seeds=5001'], ["sweep 'lr'", '10,002 arms', '--yes']),
+    (['--sweep=lr', '--seeds=99999999999'], ["sweep 'lr'", '199,999,999,998 arms', '--yes']),
+    (['--sweep=lr', '--seeds=99999999999', '--yes'], ["sweep 'lr'", 'at most 1,000,000 can be held']),
+    (['--sweep=lr', '--seeds=99999999999', '--dry_run'], ["sweep 'lr'", '199,999,999,998 arms', '--yes']),
+    (['--sweep=endless', '--yes'], ["sweep 'endless'", 'more than 1,000,000 arms; at most']),
+    (['--search=2', '--search_round=1000000000000'], ['--search_round=1000000000000', 'more than 10,000', '--yes']),
+    (['--search=1000000000000', '--yes'], ['--search=1000000000000', 'more than 1,000,000 arms']),
     (['--search=2', '--sweep=lr', '--only=x'], ['--only', '--search']),
     (['--search=2', '--seeds=2'], ['--seeds', '--search']),
     (['--search=2', '--sweep=endless'], ["sweep 'endless'", 'more than 10,000 arms']),
@@ -120,7 +126,7 @@ def test_bad_input_is_one_line_and_writes_nothing(start, tmp_path, argv, words):
   assert train.called == []
 
 
-def test_yes_allows_any_number(monkeypatch):
+def test_yes_allows_more(monkeypatch):
   monkeypatch.setattr('launch.cli.MANY', 100)
   module = experiment(sweep=many)
   options = launch.cli.parse(['--yes'], 'tiny')

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from launch import report, status
 from launch.plan import Plan
 from slm_jax.ablate import workdir
+from slm_jax.files import read_json, write_json
 
 REPO = Path(__file__).parents[2]
 SWEEP = [
@@ -320,7 +321,7 @@ def test_a_newer_version_is_one_line(store, where, capsys):
   if where == 'run.json':
     write(folders['alone'], 'done')
   file = (folders['alone'] if where == 'run.json' else path) / where
-  file.write_text(json.dumps({**json.loads(file.read_text()), 'format': 99}))
+  write_json(file, {**read_json(file)[0], 'format': 99})
   assert status.main([str(path)]) == 1
   error = capsys.readouterr().err
   assert 'format 99, written by a newer version' in error

@@ -104,6 +104,7 @@ def test_without_text_there_are_no_losses(workdir, tmp_path, capsys):
     (['--model=DENSE', '--share=0.5', '--seed=4'], '--seed=4: has no effect without --by=random'),
     (['--model=DENSE', '--share=0.5', '--batch=0'], '--batch=0: must be positive'),
     (['--model=DENSE', '--share=0.5', '--sequences=0'], '--sequences=0: must be positive'),
+    (['--model=DENSE', '--share=0.5', '--seed=4294967296'], r'--seed=4294967296: must lie in \[0, 2\^32\)'),
     (['--model=DENSE', '--share=0.5', '--seq_len=97'], '--seq_len=97: at most model.max_len=96'),
     (['--model=DENSE', '--share=0.5', '--text=nowhere.txt'], "data.sources='nowhere.txt': no such file"),
     (['--model=DENSE', '--share=0.5', 'more'], 'unexpected: more'),
