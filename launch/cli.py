@@ -7,6 +7,7 @@ A wrong flag, key, value or combination is one line on stderr and exit code 1, b
 
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -81,7 +82,7 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
-  for line in remarks(plan, everyone, chosen.along, overrides):
+  for line in [*remarks(plan, everyone, chosen.along, overrides), *warmups(arms or plan.arms)]:
     print(line)
 
   # ---- do it
@@ -160,8 +161,11 @@ def run_search(
 ) -> tuple[Plan, int]:
   """Runs a search to its end, or until a trial fails: the plan with all of its arms, and the exit code."""
   codes = []
+  told = {arm.arm_id for arm in plan.arms}  # at the start of the launch
 
   def run(found: list[Arm], missing: list[Arm]) -> None:
+    for line in warmups([arm for arm in missing if arm.arm_id not in told]):
+      print(line)
     plan._replace(arms=found).record()
     codes.append(run_plan(plan._replace(arms=missing, sweep=found), engine, options, train))
 
@@ -356,12 +360,24 @@ def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides
   for key in overrides:
     if all(any(k == key or k.startswith(f'{key}.') for k in arm.diff) for arm in everyone):
       lines.append(f'{PREFIX}{key} has no effect: every arm of the sweep sets it')
-  if short := [arm for arm in everyone if 0 < arm.config.train.steps <= arm.config.optim.warmup]:
-    lengths = f'train.steps={short[0].config.train.steps}, optim.warmup={short[0].config.optim.warmup}'
-    also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
-    lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
   wanted = getattr(plan.module, 'BASELINE', None)
   if wanted and wanted != plan.baseline:
     lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
   changed = why.drift(plan.arms, plan.workdir)
   return [*lines, changed] if changed else lines
+
+
+def warmups(arms: Sequence[Arm]) -> list[str]:
+  """Returns warnings about warm-ups that leave no step, or no step but one, at the peak learning rate."""
+  lines = []
+  for effect, test in (
+    ('it never reaches its peak learning rate', operator.lt),
+    ('only its last step reaches its peak learning rate', operator.eq),
+  ):
+    found = [arm for arm in arms if arm.config.train.steps and test(arm.config.train.steps, arm.config.optim.warmup)]
+    if found:
+      name, steps, warmup = found[0].name, found[0].config.train.steps, found[0].config.optim.warmup
+      also = f' ({len(found) - 1} more {"run does" if len(found) == 2 else "runs do"} the same)' * (len(found) > 1)
+      length = f'{steps} step{"s" * (steps > 1)}'
+      lines.append(f'warning: run {name!r} trains for {length} but warms up for {warmup}, so {effect}{also}')
+  return lines
