@@ -5,9 +5,6 @@
 A wrong flag, key, value or combination is one line on stderr and exit code 1, before anything is compiled or written.
 """
 
-import ast
-import difflib
-import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +18,18 @@ from launch.engines import Engine, engine
 from launch.existing import adopt_recorded, rerun_outdated
 from launch.options import PREFIX, help_text, parse, split_overrides
 from launch.plan import Plan, experiment_name, units
+from launch.remarks import damaged, remarks, warmups
 from slm_jax import commands, distributed, notices, run_files
-from slm_jax.ablate import claims, report, results, why
+from slm_jax.ablate import claims, report, why
 from slm_jax.ablate import workdir as workdirs
 from slm_jax.ablate.arms import MANY, Arm, expand
 from slm_jax.ablate.choose import choose
 from slm_jax.ablate.results import Row
 from slm_jax.ablate.search import outcome
-from slm_jax.ablate.unused import remarks as without_effect
 from slm_jax.config import ConfigError, is_unicode, require
 from slm_jax.files import expanded
 from slm_jax.preempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from slm_jax.revision import experiment_files, hash_files
-
-FEW = 5  # remarks of a kind
-PARTS = {'config', 'sweep', 'report', 'search'}  # functions of an experiment file
 
 
 def main(
@@ -107,7 +101,8 @@ def launch(module: ModuleType, argv: Sequence[str], train: worker.Train | None =
   arms = [find(plan, arm_id) for arm_id in options.arm or ()]
   alone = options.distributed in ('auto', 'off')
   require(bool(arms) or alone, f'--distributed={options.distributed}: is for workers, which have --arm=ID')
-  for line in [*remarks(plan, everyone, chosen.along, overrides), *([] if arms else damaged(plan))]:
+  told = [*remarks(plan, everyone, chosen.along, overrides), *warmups(arms or plan.arms)]
+  for line in [*told, *([] if arms else damaged(plan))]:
     print(line)
   if not arms:
     budgets.check_price(plan, options)
@@ -195,8 +190,11 @@ def run_search(
 ) -> tuple[Plan, int]:
   """Runs a search to its end, or until a trial fails: the plan with all of its arms, and the exit code."""
   codes = []
+  told = {arm.arm_id for arm in plan.arms}  # at the start of the launch
 
   def run(found: list[Arm], missing: list[Arm]) -> None:
+    for line in warmups([arm for arm in missing if arm.arm_id not in told]):
+      print(line)
     plan._replace(arms=found).record()
     codes.append(run_plan(plan._replace(arms=missing, sweep=found), engine, options, train))
 
@@ -294,48 +292,3 @@ def find(plan: Plan, arm_id: str) -> Arm:
     if arm.arm_id == arm_id:
       return arm
   raise ConfigError(f'--arm={arm_id}: not among the {len(plan.arms)} arms of this sweep; --dry_run shows their ids')
-
-
-def remarks(plan: Plan, everyone: Sequence[Arm], along: Sequence[Arm], overrides: Mapping[str, str]) -> list[str]:
-  """What a user may not expect, and is told."""
-  merged = dict.fromkeys((arm.name, arm.aliases) for arm in everyone if arm.aliases)
-  lines = [f'{name!r} and {", ".join(map(repr, aliases))} are the same arm, run once' for name, aliases in merged]
-  if len(lines) > FEW:
-    lines = [*lines[: FEW - 1], f'and {len(lines) - FEW + 1} more arms are the same as others, and run once']
-  if along:
-    names = ', '.join(dict.fromkeys(repr(arm.name) for arm in along))
-    lines.append(f'{names}: not done, and the chosen arms build on it; {len(along)} more to run')
-  for key in overrides:
-    if all(any(k == key or k.startswith(f'{key}.') for k in arm.diff) for arm in everyone):
-      lines.append(f'{PREFIX}{key} has no effect: every arm of the sweep sets it')
-  if short := [arm for arm in everyone if 0 < arm.config.train.steps <= arm.config.optim.warmup]:
-    lengths = f'train.steps={short[0].config.train.steps}, optim.warmup={short[0].config.optim.warmup}'
-    also = f', nor does that of {len(short) - 1} more' * (len(short) > 1)
-    lines.append(f'{short[0].name!r} ends inside its warm-up ({lengths}): its learning rate comes to no peak{also}')
-  lines += misspelt(plan.module)
-  lines += without_effect(everyone)[:FEW]
-  wanted = getattr(plan.module, 'BASELINE', None)
-  if wanted and wanted != plan.baseline:
-    lines.append(f'BASELINE {wanted!r} is not in this sweep; the others are compared with {plan.baseline!r}')
-  return lines
-
-
-def damaged(plan: Plan) -> list[str]:
-  """A line for each arm of the plan of which a file is damaged, and what mends it."""
-  faults = results.faults(row for row in results.read(plan.workdir) if row.arm_id in plan.everyone)
-  return [*faults[:FEW], f'and {len(faults) - FEW} more damaged arms'] if len(faults) > FEW else faults
-
-
-def misspelt(module: ModuleType) -> list[str]:
-  """Warnings about functions that look like a part of an experiment, and that nothing calls: def sweepp()."""
-  try:
-    tree = ast.parse(inspect.getsource(module))
-  except (OSError, TypeError, SyntaxError):
-    return []  # it has no source
-  used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-  lines = []
-  for node in tree.body:
-    if isinstance(node, ast.FunctionDef) and node.name not in used | PARTS and not node.name.startswith('sweep_'):
-      for meant in difflib.get_close_matches(node.name, PARTS, 1, 0.8):
-        lines.append(f'warning: {node.name}() is never called; did you mean {meant}()?')
-  return lines

@@ -326,6 +326,16 @@ def test_a_trial_asked_for_twice_is_one_arm(start):
   assert len(train.called) == 2
 
 
+def test_a_search_warns_once_of_each_trial_that_ends_in_its_warm_up(start):
+  """Of those of the first round when it is launched, of later ones when they are asked for."""
+  module = experiment(search=lambda trial: {'train.steps': 10 * trial.suggest_int('tens', 2, 4) + trial.number})
+  _, out, _ = start(module, '--search=6', '--config.optim.warmup=40', train=FakeTrain())
+  lines = [line for line in out.split('\n') if line.startswith('warning: ')]
+  steps = {int(line.split()[3].strip("'")): int(line.split()[6]) for line in lines}
+  assert len(steps) == len(lines) > 2
+  assert all(n % 10 == number and n < 40 for number, n in steps.items())
+
+
 def test_the_dry_run_of_a_search_shows_the_next_round(start, hunt, tmp_path):
   start(hunt, '--search=2', train=Bowl())
   before = tree(tmp_path)

@@ -14,6 +14,7 @@ from slm_jax import perf
 from slm_jax.ablate import workdir
 from slm_jax.ablate.arms import expand
 from slm_jax.ablate.sweep import product, seeds
+from slm_jax.config import override
 from slm_jax.distill.logits import Distill
 
 REPO = Path(__file__).parents[2]
@@ -197,11 +198,6 @@ def test_the_settings_that_help_shows_can_be_given_back(start):
     (['--sweep=lr', '--config.optim.learning_rate=9'], '--config.optim.learning_rate has no effect'),
     (['--sweep=lr'], "BASELINE 'scratch' is not in this sweep; the others are compared with 'learning_rate=0.002'"),
     (['--sweep=twice'], "'one' and 'two' are the same arm, run once"),
-    (
-      ['--sweep=twice'],
-      "'one' ends inside its warm-up (train.steps=3, optim.warmup=100): its learning rate comes to no peak",
-    ),
-    (['--sweep=lr', '--config.train.steps=100'], 'comes to no peak, nor does that of 1 more'),
   ],
 )
 def test_surprises_are_told(start, argv, remark):
@@ -209,6 +205,50 @@ def test_surprises_are_told(start, argv, remark):
   code, out, _ = start(experiment(sweep_lr=LR, sweep_twice=twice, BASELINE='scratch'), *argv, '--dry_run')
   assert code == 0
   assert remark in out
+
+
+LENGTHS = {'dense': 20, 'wide': 20, 'even': 30, 'long': 40, 'none': 0}
+SHORT = [{'name': name, 'train.steps': n, 'model.d_ff': 8 * len(name)} for name, n in LENGTHS.items()]
+DENSE = "warning: run 'dense' trains for 20 steps but warms up for 30, so it never reaches its peak learning rate"
+EVEN = (
+  "warning: run 'even' trains for 30 steps but warms up for 30, so only its last step reaches its peak learning rate"
+)
+ALL = [f'{DENSE} (1 more run does the same)', EVEN]
+TWICE = [f'{DENSE} (3 more runs do the same)', f'{EVEN} (1 more run does the same)']
+
+
+def warnings(text):
+  return [line for line in text.split('\n') if line.startswith('warning: ')]
+
+
+@pytest.mark.parametrize(
+  'argv, expected',
+  [
+    ([], ALL),
+    (['--dry_run'], ALL),
+    (['--dry_run', '--launch=slurm'], ALL),
+    (['--arms_per_job=2'], ALL),
+    (['--seeds=2'], TWICE),
+    (['--only=long'], []),  # of what is not chosen, nothing is said
+    (['--only=dense,long'], [DENSE]),
+    (['--limit=1'], [DENSE]),
+    (['--sweep=none', '--config.train.steps=1'], [DENSE.replace('dense', 'tiny').replace('20 steps', '1 step')]),
+    (['--config.optim.warmup=5'], []),
+  ],
+)
+def test_a_warm_up_that_is_longer_than_the_run_is_warned_of(start, argv, expected):
+  base = override(tiny.config(100), {'optim.warmup': 30})
+  code, out, error = start(experiment(base=base, sweep=SHORT), *argv, train=FakeTrain())
+  assert (code, error) == (0, '')
+  assert warnings(out) == expected
+
+
+def test_a_worker_warns_of_its_own_arms(start):
+  base = override(tiny.config(100), {'optim.warmup': 30})
+  module = experiment(base=base, sweep=SHORT)
+  ids = {arm.name: arm.arm_id for arm in expand(module)}
+  assert warnings(start(module, f'--arm={ids["even"]},{ids["long"]}', train=FakeTrain())[1]) == [EVEN]
+  assert warnings(start(module, f'--arm={ids["long"]}', train=FakeTrain())[1]) == []
 
 
 def test_both_forms_of_an_override(start):
