@@ -8,9 +8,9 @@ message and the one before it is used. What a newer version wrote is refused. No
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,7 +26,6 @@ from slm_jax.model import decoder
 from slm_jax.model.api import Params
 from slm_jax.model.config import ModelConfig
 from slm_jax.prune import zeros
-from slm_jax.prune.matrices import matrices
 
 FORMAT = 1  # of a checkpoint's record and of model.json
 MODEL = 'model.json'
@@ -70,6 +69,7 @@ class _ModelFile(TypedDict):
   checksum: int
   tokenizer: str
   model: dict[str, Any]
+  sparsity: NotRequired[zeros.Sparsity]
 
 
 class Checkpoints:
@@ -179,22 +179,25 @@ def saved(folder: Path) -> list[int]:
 # ------------------------------------------------------------------------------------------------- finished models
 
 
-def save_model(folder: Path, config: ModelConfig, params: Params, tokens: Tokenizer) -> None:
+def save_model(
+  folder: Path,
+  config: ModelConfig,
+  params: Params,
+  tokens: Tokenizer,
+  patterns: Mapping[str, Sequence[str]] = {},
+) -> None:
   """A finished model: parameters, its tokenizer, and model.json, from which alone it can be built again.
 
-  model.json says of sparse matrices how dense they are, and which n of every m inputs are left where it is so.
+  model.json says of sparse matrices how dense they are, and which of every m inputs are left if a recipe made it so.
+  patterns: see `zeros.record`.
   """
   with disk_errors(folder), ocp.Checkpointer(_arrays()) as writer:
     writer.save(folder.absolute() / 'params', ocp.args.PyTreeSave(params), force=True)
-  sizes = {name: w.size for name, w in matrices(params).items()}
-  sparsity = zeros.record(jax.device_get(_zeros(params)), sizes)
+  sparsity = zeros.record(params, patterns)
   record = {'tokenizer': tokens.fingerprint, 'format': FORMAT, 'checksum': int(checksum(params)), 'sparsity': sparsity}
   if distributed.is_main():
     (folder / 'tokenizer.model').write_bytes(tokens.serialize())
     write_json(folder / MODEL, {**record, 'model': to_dict(config)})
-
-
-_zeros = jax.jit(zeros.count)
 
 
 def load_model(
@@ -237,6 +240,11 @@ def model_file(folder: Path) -> dict[str, Any]:
     raise DamagedFile(f'{folder}: damaged model ({MODEL}: {fault}); train that arm again')
   require_known(record['format'], folder / MODEL)
   return record
+
+
+def sparsity_of(folder: Path) -> zeros.Sparsity:
+  """What model.json says of zeros; {} where there is none."""
+  return model_file(folder).get('sparsity', {}) if (folder / MODEL).exists() else {}
 
 
 def require_known(written: int, path: Path) -> None:

@@ -19,7 +19,7 @@ from absl import logging
 
 from slm_jax import config as configs
 from slm_jax import distributed, energy, evaluate, memory, metrics, notices, observe, perf, pipeline, sharding
-from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model
+from slm_jax.checkpoint import Checkpoints, load_model, load_tokenizer, save_model, sparsity_of
 from slm_jax.data.dataset import Dataset, open_data
 from slm_jax.data.specialise import within
 from slm_jax.data.tokenizer import Tokenizer
@@ -333,7 +333,8 @@ def finish(job: Job, state: TrainState, results: Mapping[str, float]) -> dict[st
   config = job.config
   params = jax.jit(job.final)(state)
   measured = assess(job, params, results, state)
-  save_model(job.folder / 'model', config.model, params, job.dataset.tokenizer)
+  patterns = zeros.made(config, lambda arm: sparsity_of(job.folder.parent / arm / 'model'))
+  save_model(job.folder / 'model', config.model, params, job.dataset.tokenizer, patterns)
   return {
     **measured,
     'flops': model_flops(job),
