@@ -1,64 +1,28 @@
-"""A real sweep on the local pool, its processes killed at random: nothing lost, nothing twice, the same numbers."""
+"""A real sweep on the local pool, its processes killed at random: nothing lost, nothing twice, the same numbers.
+
+`python -m tests.survive` is the same with more signals, of more kinds.
+"""
 
 import itertools
-import json
-import os
 import random
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from datetime import datetime
-from pathlib import Path
 
-import cheap
 import pytest
+import survive
+from survive import NAMES, alive, assert_nothing_lost_and_nothing_twice, fresh, kill_at_random, workers
 
-from slm_jax import metrics
 from slm_jax.ablate import workdir as workdirs
 
-REPO = Path(__file__).parents[2]
 KILLS = 20
-TIMES = ('seconds', 'tokens_per_second', 'mfu', 'joules')  # the only things that may differ
-NAMES = ['parent', 'x0.5', 'x1', 'x2', 'x4', 'alone1', 'alone2', 'alone3']
-
-EXPERIMENT = '''
-"""Does a sweep survive?"""
-import dataclasses
-
-import launch
-import tiny
-from slm_jax.experiment import EvalConfig
-
-
-def config():
-  base = tiny.config(60)
-  model, rarely = dataclasses.replace(base.model, n_layers=1), EvalConfig(every=20, bytes=500, samples=0)
-  run = dataclasses.replace(base.run, checkpoint_every=10, population=False)  # populations: equal but for rounding
-  return dataclasses.replace(base, name='', model=model, transforms=(), eval=rarely, run=run)
-
-
-def sweep():
-  yield {'name': 'parent'}
-  for factor in (0.5, 1, 2, 4):
-    yield {'name': f'x{factor}', 'init.arm': 'parent', 'optim.learning_rate': 1e-3 * factor}
-  for seed in (1, 2, 3):
-    yield {'name': f'alone{seed}', 'seed': seed}
-
-
-if __name__ == '__main__':
-  launch.main()
-'''
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """Where the experiment file is."""
-  path = tmp_path_factory.mktemp('survival')
-  (path / 'survive.py').write_text(EXPERIMENT)
-  return path
+  return tmp_path_factory.mktemp('survival')
 
 
 @pytest.fixture
@@ -67,11 +31,7 @@ def launch(folder):
   started = []
 
   def run(*argv):
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (REPO, REPO / 'tests'))), 'XLA_FLAGS': cheap.flags(1)}
-    command = [sys.executable, 'survive.py', *argv]
-    started.append(
-      subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    )
+    started.append(survive.start(folder, *argv))
     return started[-1]
 
   yield run
@@ -81,57 +41,9 @@ def launch(folder):
 
 
 @pytest.fixture
-def whole(folder, launch):
+def whole(folder):
   """The sweep undisturbed."""
-  if not (folder / 'whole').exists():
-    process = launch('--workdir=whole', '--local_workers=2')
-    out, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, out
-  return folder / 'whole'
-
-
-def fresh(whole, name):
-  """A workdir of that name with the data and the compiled programs already there."""
-  workdir = whole.parent / name
-  for part in ('data', 'cache'):
-    shutil.copytree(whole / part, workdir / part)
-  return workdir
-
-
-def results(workdir):
-  """`{name: (metrics without times, checksum of the parameters)}` of arms that are done."""
-  found = {}
-  for arm_id, arm in workdirs.read_experiment(workdir).arms.items():
-    folder = workdirs.folder(workdir, arm_id)
-    assert (folder / 'DONE').exists(), arm['name']
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder / 'metrics.jsonl')]
-    found[arm['name']] = lines, json.loads((folder / 'model' / 'model.json').read_text())['checksum']
-  return found
-
-
-def assert_nothing_lost_and_nothing_twice(workdir, whole, names):
-  found, undisturbed = results(workdir), results(whole)
-  assert list(found) == names
-  for name, (lines, _) in found.items():
-    assert [line['step'] for line in lines if line['kind'] == 'train'] == list(range(1, 61)), name
-    assert [line['step'] for line in lines if line['kind'] == 'eval'] == [0, 20, 40, 60], name
-    assert found[name] == undisturbed[name], name
-
-
-def workers(launcher):
-  """The processes that a launcher has started and that still run."""
-  try:
-    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
-  except OSError:
-    return []
-  return [int(child) for child in children if alive(int(child))]
-
-
-def alive(process):
-  try:
-    return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
-  except OSError:
-    return False
+  return folder / 'whole' if (folder / 'whole').exists() else survive.undisturbed(folder)
 
 
 def ends(workdir):
@@ -152,19 +64,6 @@ def undisturbed(workdir):
     began, *_, ended = (line[1:26] for line in path.read_text().splitlines() if line.startswith('[20'))
     lives.append((datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds())
   return statistics.median(lives)
-
-
-def kill_at_random(launcher, at_most, longest, rng):
-  """Kills workers of a launch until it ends, each after at most `longest` seconds of life; how many."""
-  deaths, killed = {}, set()
-  while launcher.poll() is None and len(killed) < at_most:
-    for process in set(workers(launcher)) - killed:
-      deaths.setdefault(process, time.monotonic() + rng.uniform(0.02, 1.0) * longest)
-      if time.monotonic() > deaths[process] and len(killed) < at_most:
-        os.kill(process, signal.SIGKILL)
-        killed.add(process)
-    time.sleep(0.02)
-  return len(killed)
 
 
 def test_kill_9_of_twenty_workers_at_random_moments(whole, launch):
