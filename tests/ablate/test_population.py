@@ -176,6 +176,19 @@ def test_equal_to_the_arms_alone(root, alone, tmp_path, monkeypatch):
     assert max(saved(workdir / 'arms' / arm_id / 'checkpoints')) < 25
 
 
+def test_an_arm_that_ends_above_the_uniform_loss_has_diverged_and_no_other(root, tmp_path):
+  workdir = copy(root, tmp_path)
+  arms = {
+    str(rate): base(**{'optim.learning_rate': rate, 'train.steps': 10, 'optim.warmup': 0, 'transforms': ()})
+    for rate in (1e-3, 100.0)
+  }
+  assert population.run(arms, workdir) == {'0.001': 0, '100.0': 1}
+  record = json.loads((workdir / 'arms' / '100.0' / 'run.json').read_text())
+  assert record['status'] == 'diverged'
+  assert 'above the 5.951 nats a token of the uniform distribution' in record['error']
+  assert not (workdir / 'arms' / '100.0' / 'DONE').exists()
+
+
 def test_masked_arms_are_equal_but_for_choices_among_near_equals(root, tmp_path):
   """Rounding may decide which of two weights goes, and everything after that; but never how many go."""
   workdir = copy(root, tmp_path)
