@@ -58,6 +58,6 @@ def _together(plan: Plan, costs: Mapping[str, Cost], on: Device, processes: Sequ
     '  slots: for tokens, those of prompts and padding included; FLOPs: of the models, teachers included;'
     ' executed: with what is recomputed, masked or pruned as well',
     f'  seconds: {cost.basis(on, {arm.arm_id: costs[arm.arm_id] for arm in plan.arms}, plan.everyone)}',
-    *([f'  {several} programs train several arms at once, which share their seconds'] if several else []),
+    *([f'  programs that train several arms at once, which share their seconds: {several}'] if several else []),
     f'  dollars: {"; ".join(sorted(prices))}; energy: estimate, {chips.watts(on.kind)[1]}',
   ]
