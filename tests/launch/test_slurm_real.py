@@ -17,6 +17,8 @@ from pathlib import Path
 import cheap
 import pytest
 
+from slm_jax import metrics
+
 REPO = Path(__file__).parents[2]
 SETUP = REPO / 'tests' / 'slurm' / 'setup.sh'
 STEPS, KILLS, PATIENCE = 300, 20, 400.0
@@ -112,9 +114,7 @@ def until(condition, explain) -> None:
 
 def lines(path: Path) -> list[dict]:
   """Of metrics.jsonl; one that is being written is left out."""
-  file = path / 'metrics.jsonl'
-  text = file.read_text() if file.exists() else ''
-  return [json.loads(line) for line in text.split('\n')[:-1]]
+  return list(metrics.read(path / 'metrics.jsonl'))
 
 
 def step_of(path: Path) -> int:
