@@ -26,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from slm_jax import losses, sharding
 from slm_jax.checksum import checksum
-from slm_jax.config import require, to_dict
+from slm_jax.config import require, semantic_hash, to_dict
 from slm_jax.data import batches, sources
 from slm_jax.data import folder as folders
 from slm_jax.data.dataset import Dataset
@@ -117,8 +117,8 @@ def layout(method: Any, k: int, draws: int, vocab: int, precision: Precision, ke
 
 
 def teacher_hash(model: Model, params: Params) -> str:
-  """16 hex digits that say which model it is: its configuration, and a checksum of its parameters."""
-  return sources.digest([to_dict(model.config), int(checksum(params))])
+  """16 hex digits that say which model it is: a hash of its configuration, and a checksum of its parameters."""
+  return sources.digest([semantic_hash(model.config), int(checksum(params))])
 
 
 def identity(key: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Writing a cache: what a record holds, who may build it, what a kill leaves, and what is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -189,6 +190,18 @@ def test_a_folder_of_something_else_is_left_alone(workdir, tmp_path):
   (tmp_path / 'mine' / 'thesis.tex').touch()
   with pytest.raises(ConfigError, match='mine: holds something else'):
     capture.build(tmp_path / 'mine', captured(workdir), {}, quiet)
+
+
+def test_a_new_field_of_the_model_and_another_kernel_leave_a_cache_as_it_is(workdir):
+  what = captured(workdir)
+  wider = dataclasses.make_dataclass('Later', [('added', int, 0)], bases=(type(what.model.config),), frozen=True)
+
+  def key(config):
+    return dataclasses.replace(what, model=what.model._replace(config=config)).key
+
+  assert key(wider(**vars(what.model.config))) == key(override(what.model.config, {'remat': 'full'})) == what.key
+  assert key(wider(**vars(what.model.config), added=1)) != what.key
+  assert key(override(what.model.config, {'rope_theta': 5e5})) != what.key
 
 
 def test_another_process_may_begin_the_same_cache_at_the_same_moment(tmp_path, monkeypatch):
