@@ -114,8 +114,8 @@ DAMAGE = {
   'a flipped bit': (flip_a_bit, r'valid.array_record was changed \(SHA-256 differs\)'),
   'a missing file': (lambda path: (path / 'train.array_record').unlink(), 'train.array_record is missing'),
   'no manifest': (lambda path: (path / 'manifest.json').unlink(), 'manifest.json is missing'),
-  'half a manifest': (lambda path: os.truncate(path / 'manifest.json', 100), 'cannot be read'),
-  'another manifest': (lambda path: (path / 'manifest.json').write_text('[]'), 'cannot be read'),
+  'half a manifest': (lambda path: os.truncate(path / 'manifest.json', 100), 'manifest.json cannot be read'),
+  'another manifest': (lambda path: (path / 'manifest.json').write_text('[]'), 'manifest.json cannot be read'),
 }
 
 

@@ -38,7 +38,7 @@ documents = st.lists(
 
 def sequences(texts, own, length, packer=packing.split, prompt=0):
   """[2, length + 1] of documents."""
-  pieces = [Piece(np.array([own.bos, *own.encode(text), own.eos]), None, prompt) for text in texts]
+  pieces = [Piece(np.array([own.bos, *own.encode(text), own.eos]), prompt) for text in texts]
   return [np.stack([r.tokens, r.segments.astype(np.uint32)]) for r in packer(pieces, length, own.pad)]
 
 
