@@ -34,7 +34,7 @@ class TrainConfig:
 class EvalConfig:
   every: int = setting(200, '[1, 2^31)')  # steps; the last step is always evaluated
   # Of the valid split, about, in whole documents at even distances; 0: all.
-  bytes: int = setting(65_536, '[0, 2^40]')
+  bytes: int = setting(65_536, '[0, 2^31)')
   samples: int = setting(2, '[0, 1000]')  # texts written at the end, as one batch
   sample_tokens: int = setting(96, '[0, 2^31)')
   temperature: float = setting(1.0, '[0, inf)')

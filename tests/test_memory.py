@@ -114,7 +114,8 @@ def test_devices_that_stand_for_others_are_not_asked(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match='a step needs at least'):
     worker.preflight(arms, tmp_path)
   asked = []
-  monkeypatch.setattr('slm_jax.train.inputs', lambda config, workdir: asked.append(config))
+  dataset = SimpleNamespace(notices=())
+  monkeypatch.setattr('slm_jax.train.inputs', lambda config, workdir: (dataset, asked.append(config)))
   worker.preflight(arms, tmp_path, own_devices=False)
   assert len(asked) == 1
   places = [Place((), {}, (name,), 'cuda') for name in '01']

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict
 from slm_jax import revision, schema
 from slm_jax.config import ConfigError, require, to_dict
 from slm_jax.files import DamagedFile, read_json, warn_once, write_bytes, write_json
-from slm_jax.run_files import read_config
+from slm_jax.run_files import Count, read_config
 
 if TYPE_CHECKING:
   from slm_jax.experiment import EvalConfig
@@ -103,7 +103,7 @@ def read_experiment(workdir: Path) -> Experiment | None:
   written = values.pop('format', None)
   newer = isinstance(written, int) and written > FORMAT
   require(not newer, f'{path}: format {written}, written by a newer version (this one knows {FORMAT})')
-  fault = fault or ('' if written else 'format is missing') or schema.fault(values.get('arms'), list[_Entry], 'arms')
+  fault = fault or schema.fault(written, Count, 'format') or schema.fault(values.get('arms'), list[_Entry], 'arms')
   if not fault:
     values['arms'] = {entry.pop('arm_id'): entry for entry in values['arms']}
     values = values if written > 1 else _of_format_1(values)

@@ -22,7 +22,7 @@ UNITS = [PARENT, CHILD]
 def plan_on(share: Path | str, options: Sequence[str] = (), sweep: Any = None) -> Plan:
   """A plan whose workdir is `share`/tiny. Its units in tests are `UNITS`, whose ids never change."""
   module = experiment(sweep=sweep or [{'data.batch_size': 32}])
-  return Plan(module, Path(share) / 'tiny', arms_of(module), list(options), 'base')
+  return Plan(module, Path(share) / 'tiny', arms_of(module), list(options), 'base', own_train=True)
 
 
 def bundles(plan: Plan) -> tuple[Plan, list[Unit]]:

@@ -113,7 +113,7 @@ def test_a_name_in_a_sweep_is_refused_too(tmp_path, change):
 @pytest.mark.parametrize('suffix', ['.txt', '.jsonl', '.parquet'])
 def test_a_folder_may_hold_files_of_such_names(tmp_path, suffix):
   """They are in no configuration; what is told of them is JSON, and printed by commands that can."""
-  texts, path = ['To be, or not to be. ' * 50] * 20, tmp_path / 'in' / f'{LATIN}{suffix}'
+  texts, path = [f'To be {i}, or not to be. ' * 50 for i in range(20)], tmp_path / 'in' / f'{LATIN}{suffix}'
   path.parent.mkdir()
   if suffix == '.parquet':
     pa = pytest.importorskip('pyarrow')
@@ -127,7 +127,7 @@ def test_a_folder_may_hold_files_of_such_names(tmp_path, suffix):
   (source,) = sources.open_sources(config)
   told = []
   found = store.open_store(source, config, Bytes(), tmp_path / 'data', told.append)
-  assert len(found.records('train')) > 5
+  assert len(found.train()) > 5
   if suffix != '.txt':
     assert found.manifest['bad']['places'][0].startswith(f'{path}:21')
 
@@ -144,7 +144,8 @@ def test_a_workdir_that_holds_such_text_is_shown(workdir, capsys):
     **found.arms,
     first: {**found.arms[first], 'name': strange, 'command': strange, 'diff': {strange: ['', strange]}},
   }
-  workdirs.write_experiment(workdir, found._replace(question=strange, answer=strange, arms=arms, baseline=strange))
+  launch = found.latest._replace(question=strange, answer=strange, baseline=strange)
+  workdirs.write_experiment(workdir, found._replace(arms=arms).with_launch(launch))
   folder = workdirs.folder(workdir, first)
   (folder / 'samples.json').write_text(json.dumps([{'prompt': strange, 'text': strange}]))
   (folder / 'run.json').write_text(json.dumps({'status': 'done', 'error': strange, 'summary': summary(1.5)}))

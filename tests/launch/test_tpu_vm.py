@@ -89,7 +89,7 @@ def test_exit_1_of_the_worker_stops_it_and_what_builds_on_it_and_says_why(scene)
   code, out, verbs = scene.run(creates=[SOON], sshs=[{'code': 101}])
   assert code == 1
   assert without_looks(verbs) == ['create', 'ssh', 'delete']
-  assert f'{PARENT.name}: failed; {ONE}: nan (step 7: total not finite)' in out
+  assert f'{PARENT.name}: failed; {ONE}: diverged (step 7: total not finite)' in out
   assert f'{CHILD.name}: blocked, {PARENT.name} failed' in out
 
 
