@@ -9,6 +9,7 @@ import importlib.metadata
 FAST = [
   '--xla_backend_optimization_level=0',
   '--xla_cpu_parallel_codegen_split_count=1',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
 ]
 EMITTERS = {}  # compiler options of a program that is to be as it is for users
 if importlib.metadata.version('jaxlib') < '0.11':  # which has nothing but MLIR
@@ -17,5 +18,5 @@ if importlib.metadata.version('jaxlib') < '0.11':  # which has nothing but MLIR
 
 
 def flags(devices: int) -> str:
-  """XLA_FLAGS of a process that sees the CPU as that many devices."""
+  """XLA_FLAGS of a process that sees the CPU as that many devices, which on a busy machine wait long for each other."""
   return ' '.join([f'--xla_force_host_platform_device_count={devices}', *FAST])

@@ -32,7 +32,8 @@ def params():
 
 def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess():
   uniform = {**params(), 'head': jnp.zeros((8, VOCAB))}
-  batch = toy_batch(0)
+  batch = {name: np.array(values) for name, values in toy_batch(0).items()}
+  batch['inputs'][0, 0], batch['targets'][0, 0], batch['mask'][0, 0] = BOS, 3, 1  # the first piece of a document
   result = measure(uniform, [batch])
   mask = np.asarray(batch['mask'])
   inputs, targets = np.asarray(batch['inputs']), np.asarray(batch['targets'])
@@ -103,13 +104,14 @@ def test_exact_match_is_that_of_greedy_decoding():
   prompts = jax.random.randint(jax.random.PRNGKey(1), (40, 2), 3, 5)
   new = generate(config, weights, prompts, jnp.full(40, 2), jax.random.PRNGKey(2), max_new=3, temperature=0.0, eos=eos)
   tokens = np.concatenate([prompts, new], axis=1)
-  spoilt = np.arange(40) % 3 == 0
-  tokens[spoilt, 4] = (tokens[spoilt, 4] + 1) % 5  # the last token
+  first_spoilt, spoilt = (np.arange(40) % 4 == i for i in (1, 0))
+  for rows, at in ((first_spoilt, 2), (spoilt, 4)):  # the last token counts where no <eos> is before it
+    tokens[rows, at] = (tokens[rows, at] + 1) % 5
   tokens = jnp.asarray(tokens)
   batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': jnp.ones((40, t), jnp.int32)}
   done = jnp.cumsum(batch['inputs'][:, 1:] == eos, axis=1) > 0
   mask = jnp.concatenate([jnp.zeros((40, 1)), 1.0 - done], axis=1)
-  right = (~spoilt | (np.asarray(mask)[:, -1] == 0)).mean()
+  right = (~first_spoilt & (~spoilt | (np.asarray(mask)[:, -1] == 0))).mean()
   for chunk in (40, 1000):
     step = make_measure(model, TOKENIZER, chunk, completions=True)
     padded = {k: jnp.pad(v, ((0, 5), (0, 0))) for k, v in (batch | {'mask': mask}).items()}

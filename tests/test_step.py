@@ -353,6 +353,7 @@ def test_two_transforms_chained_work_together():
   assert metrics['total'] < first
 
 
+@pytest.mark.as_written
 def test_golden_step():
   """The statistics of one step, written down once; any change of the maths shows here."""
   _, metrics = run(chain(distill(TEACHER, 0.5, 2.0)), 1)

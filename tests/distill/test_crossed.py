@@ -179,7 +179,7 @@ def test_alm_is_0_only_at_equality_and_keeps_its_size_for_large_tau():
   p, q = (-jnp.asarray(np.random.default_rng(i).gamma(1.0, 3.0, 1000), jnp.float32) for i in (0, 1))
   for tau in (1.0, 10.0, 100.0):
     assert float(jnp.abs(binary_kl(p, p, tau)).max()) < 1e-6
-    assert float(binary_kl(p, q, tau).min()) >= 0
+    assert float(binary_kl(p, q, tau).min()) > -1e-6  # a difference of float32 numbers of about 1
   u, v = -np.asarray(p, np.float64), -np.asarray(q, np.float64)
   expected = u * np.log(u / v) - u + v
   np.testing.assert_allclose(binary_kl(p, q, 1e4), expected, rtol=2e-2, atol=1e-3)
