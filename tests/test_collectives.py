@@ -165,6 +165,7 @@ def test_a_term_of_the_parameters_counts_once_however_a_batch_is_cut(parts, grou
     return state.params, {name: metrics[name] for name in ('loss', 'norm', 'grad_norm', 'total')}
 
   whole, cut = after_one(), after_one(accumulate=parts, groups=groups)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole[0], cut[0])
+  # Adam's first update has the size of the learning rate even where the gradient is next to nothing but rounding.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole[0], cut[0])
   for name in ('loss', 'norm', 'grad_norm'):
     np.testing.assert_allclose(whole[1][name], cut[1][name], rtol=1e-5)
