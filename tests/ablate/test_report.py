@@ -354,7 +354,10 @@ def test_the_same_launch_again_is_one_report(tmp_path):
   for _ in range(2):
     launched(tmp_path, SWEEP)
   assert len(list((tmp_path / 'reports').iterdir())) == 1
-  assert len(workdir.read_experiment(tmp_path).launches) == 1
+  (launch,) = workdir.read_experiment(tmp_path).launches
+  index = shown(tmp_path / 'index.html').text
+  assert '1 launch ' in index
+  assert launch.when[:16].replace('T', ' ') in index
 
 
 def test_links_lead_to_the_index_from_both_places(tmp_path):
