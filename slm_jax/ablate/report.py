@@ -90,6 +90,7 @@ def render_index(workdir: Path, experiment: Experiment, rows: Sequence[Row]) -> 
       verdicts = [f'{claim.verdict}: {claim.what}' for claim in claims if claim.verdict != EXPLORATORY]
       about = 'the whole sweep' if launch.whole else 'a part of the sweep'
       status = page.status(rows_of(rows, launch))
-      entries.append((path.relative_to(workdir), about, status, launch.when[:16].replace('T', ' '), launch.asked, verdicts))
+      when = launch.when[:16].replace('T', ' ')
+      entries.append((path.relative_to(workdir), about, status, when, launch.asked, verdicts))
   count = '1 launch' if len(entries) == 1 else f'{len(entries)} launches'
   return page.render('index.html', title=experiment.name, status=count, entries=entries)
